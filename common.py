@@ -13,10 +13,10 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -283,7 +283,8 @@ END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 def load_tokenizer(path):
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(model_dir(path))
-    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
+    vocabulary = tokenizer.get_vocab()
+    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if t not in vocabulary]
     if missing:
         die(f"the tokenizer in {path} has no {' and no '.join(missing)}: Qwen chat markup is needed")
     return tokenizer
@@ -439,8 +440,10 @@ def load_config(path):
 def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False):
     """A causal LM whose attention is `packed_attention`; frozen and in eval mode unless `trainable`."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)   # the borders are the mask
+    disable_progress_bar()
     config = load_config(path)
     if getattr(config, "use_sliding_window", False):
         die(f"{path} uses sliding-window attention, which the packed attention does not implement")
