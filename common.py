@@ -280,12 +280,12 @@ INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, any_markup: bool = False):
+    """`any_markup`: enough to sample from (R1's distilled models have markup of their own), not to train."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(model_dir(path))
-    vocabulary = tokenizer.get_vocab()
-    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if t not in vocabulary]
-    if missing:
+    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
+    if missing and not any_markup:
         die(f"the tokenizer in {path} has no {' and no '.join(missing)}: Qwen chat markup is needed")
     return tokenizer
 
@@ -308,7 +308,9 @@ def encode_response(tokenizer, text: str) -> list[int]:
 
 
 def stop_ids(tokenizer) -> list[int]:
-    return [tokenizer.convert_tokens_to_ids(t) for t in (END_OF_TURN, END_OF_TEXT)]
+    """End of turn, end of text, and the tokenizer's own end of sequence."""
+    ids = [tokenizer.convert_tokens_to_ids(t) for t in (END_OF_TURN, END_OF_TEXT)] + [tokenizer.eos_token_id]
+    return list(dict.fromkeys(i for i in ids if i not in (None, tokenizer.unk_token_id)))
 
 
 def decode_response(tokenizer, ids: list[int]) -> str:
@@ -607,7 +609,7 @@ class HFEngine:
         cuda = torch.device(device).type == "cuda"
         self.model = load_model(path, dtype or (torch.bfloat16 if cuda else torch.float32), device)
         self.config, self.device, self.max_len = self.model.config, device, max_len
-        self.stops = set(stop_ids(load_tokenizer(path)))
+        self.stops = set(stop_ids(load_tokenizer(path, any_markup=True)))
         check_positions(self.config, max_len, "generation (prompt + new tokens)")
         self.max_slots, self.cache_bytes = max_slots, cache_bytes
 
