@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import engines
 from conftest import make_model
 
 
@@ -95,7 +96,7 @@ def test_plan_packs_uses_each_sequence_once_within_budget_and_balances():
 def test_engine_is_greedy_exact_and_its_logp_is_the_models(tiny_model_dir):
     from transformers import AutoModelForCausalLM
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    engine = common.HFEngine(tiny_model_dir, max_len=100, max_slots=3)
+    engine = engines.HFEngine(tiny_model_dir, max_len=100, max_slots=3)
     prompts = [ids for ids, _ in random_sequences(8, longest=40, seed=1)]
     for i, completion in engine.generate(prompts, [0] * 8, 0.0, 1.0, 20):
         expected = plain.generate(torch.tensor([prompts[i]]), max_new_tokens=20, do_sample=False,
@@ -109,7 +110,7 @@ def test_engine_is_greedy_exact_and_its_logp_is_the_models(tiny_model_dir):
 
 
 def test_engine_samples_do_not_depend_on_company_or_order(tiny_model_dir):
-    engine = common.HFEngine(tiny_model_dir, max_len=100, max_slots=4)
+    engine = engines.HFEngine(tiny_model_dir, max_len=100, max_slots=4)
     prompts = [ids for ids, _ in random_sequences(9, longest=40, seed=2)]
     seeds = [common.request_seed(7, i) for i in range(9)]
     first = dict(engine.generate(prompts, seeds, 0.7, 0.95, 30))
@@ -122,8 +123,8 @@ def test_engine_samples_do_not_depend_on_company_or_order(tiny_model_dir):
 
 def test_sampling_follows_the_truncated_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).log_softmax(-1)
-    u = torch.from_numpy(common.uniform(np.arange(20000), np.zeros(20000, dtype=np.int64)))
-    token, logp = common.sample(logits.expand(20000, 4), u, temperature=1.0, top_p=0.8)
+    u = torch.from_numpy(engines.uniform(np.arange(20000), np.zeros(20000, dtype=np.int64)))
+    token, logp = engines.sample(logits.expand(20000, 4), u, temperature=1.0, top_p=0.8)
     kept = logits.exp()[:2] / logits.exp()[:2].sum()
     shares = torch.bincount(token, minlength=4) / 20000
     assert shares[2:].sum() == 0 and (shares[:2] - kept).abs().max() < 0.01
@@ -131,12 +132,12 @@ def test_sampling_follows_the_truncated_distribution():
 
 
 def test_sync_copies_the_trainers_weights(tiny_model_dir, tmp_path):
-    engine = common.HFEngine(tiny_model_dir, max_len=64)
+    engine = engines.HFEngine(tiny_model_dir, max_len=64)
     other = common.load_model(make_model(tmp_path, seed=1))
     before = dict(engine.generate([[1, 2, 3]], [0], 0.0, 1.0, 10))[0].ids
     engine.sync(other)
     after = dict(engine.generate([[1, 2, 3]], [0], 0.0, 1.0, 10))[0].ids
-    expected = dict(common.HFEngine(tmp_path, max_len=64).generate([[1, 2, 3]], [0], 0.0, 1.0, 10))[0].ids
+    expected = dict(engines.HFEngine(tmp_path, max_len=64).generate([[1, 2, 3]], [0], 0.0, 1.0, 10))[0].ids
     assert after == expected != before
 
 

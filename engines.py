@@ -1,0 +1,180 @@
+"""Generation engines: tokens in, tokens out. `make_engine(kind, path, max_len)` gives the Hugging Face one or vLLM.
+
+An engine has two calls: `generate(prompts, seeds, temperature, top_p, max_tokens)` yields (index, Completion) as requests
+finish, each request with its own seed, so that no sample depends on its neighbours; `sync(model)` copies the trainer's weights
+in. An engine owns its weights; what they are after a sync is checked by 04 (the same tokens scored by both sides).
+
+Shapes: B slots (sequences that are generated side by side), L tokens of the longest, V vocabulary, D head dimension.
+"""
+
+import dataclasses
+import importlib.util
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import check_positions, die, load_model, load_tokenizer, pack, stop_ids
+
+
+@dataclasses.dataclass
+class Completion:
+    ids: list[int]       # sampled tokens, the stop token included when finish == "stop"
+    logp: list[float]    # of each, under the distribution it was drawn from (after temperature and top-p)
+    finish: str          # "stop" | "length"
+
+
+class KVSlots:
+    """Keys and values of B sequences that grow side by side: [B, Hkv, L, D] per layer, each row with its own length."""
+
+    def __init__(self, config, n_slots: int, max_len: int, dtype, device):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (n_slots, config.num_key_value_heads, max_len, head_dim)
+        self.keys, self.values = ([torch.zeros(shape, dtype=dtype, device=device)
+                                   for _ in range(config.num_hidden_layers)] for _ in range(2))
+
+    def at(self, rows, positions, width: int):
+        """Where the next write goes (row and position of each token), and how far attention has to look."""
+        self.rows, self.positions, self.width = rows, positions, width
+
+    def write(self, layer, key, value):
+        """key, value [1, Hkv, T, D] of a packed prompt, or [B, Hkv, 1, D] of one step."""
+        flat = lambda x: x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).to(self.keys[layer].dtype)
+        self.keys[layer][self.rows, :, self.positions] = flat(key)
+        self.values[layer][self.rows, :, self.positions] = flat(value)
+
+    def attend(self, layer, query, scaling):
+        """query [B, Hq, 1, D] -> [B, 1, Hq, D]. The query heads that share a key head stand in the query axis."""
+        n, heads, _, dim = query.shape
+        k, v = (x[layer][:n, :, :self.width] for x in (self.keys, self.values))
+        mask = torch.arange(self.width, device=query.device)[None] <= self.positions[:, None]      # [B, L]
+        q = query.view(n, k.shape[1], -1, dim).to(k.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=scaling).view(n, 1, heads, dim)
+
+    def move(self, source: list[int], target: list[int]):
+        for cache in (*self.keys, *self.values):
+            cache[target, :, :self.width] = cache[source, :, :self.width]
+
+
+def uniform(seeds: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) for each (seed, step): a counter-based generator (SplitMix64), so there is no state to share."""
+    x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + steps.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float):
+    """logits [B, V], u [B] in [0, 1) -> (token [B], its log-prob [B]) by the inverse of the distribution function."""
+    if temperature == 0:
+        token = logits.argmax(dim=1)
+        return token, torch.zeros(len(token), device=logits.device)
+    p, ids = (logits.float() / temperature).softmax(dim=1), None
+    if top_p < 1:   # the smallest set of most likely tokens that holds top_p of the mass
+        p, ids = p.sort(dim=1, descending=True)
+        p = p * ((p.cumsum(dim=1) - p) < top_p)
+        p = p / p.sum(dim=1, keepdim=True)
+    cdf = p.double().cumsum(dim=1)
+    pick = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    token = pick if ids is None else ids.gather(1, pick)
+    return token[:, 0], p.gather(1, pick)[:, 0].log()
+
+
+class HFEngine:
+    """Generation with the Hugging Face model: continuous batching over KV slots, a seed per request.
+
+    It owns its copy of the weights, as a serving engine does, so `sync` is a real copy and can be checked.
+    """
+
+    def __init__(self, path, max_len: int, device="cpu", dtype=None, max_slots: int = 512, cache_bytes: int = 2**30, **_):
+        cuda = torch.device(device).type == "cuda"
+        self.model = load_model(path, dtype or (torch.bfloat16 if cuda else torch.float32), device)
+        self.config, self.device, self.max_len = self.model.config, device, max_len
+        self.stops = set(stop_ids(load_tokenizer(path, any_markup=True)))
+        check_positions(self.config, max_len, "generation (prompt + new tokens)")
+        self.max_slots, self.cache_bytes = max_slots, cache_bytes
+
+    def sync(self, model):
+        """Copy the trainer's weights in."""
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    @torch.no_grad()
+    def forward(self, tokens, positions, pack=None):
+        """tokens [B, T] -> logits [N, V] of the positions that predict next (all rows, or a pack's last ones)."""
+        hidden = self.model.model(input_ids=tokens, position_ids=positions, pack=pack, slots=self.slots,
+                                  use_cache=False).last_hidden_state
+        hidden = hidden[:, -1] if pack is None else hidden[0, pack.cu_seqlens[1:].long() - 1]
+        return hidden @ self.model.get_output_embeddings().weight.T
+
+    def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
+        """Yield (index, Completion) as requests finish. A request is a prompt's ids with its own seed; ask n times with
+        n seeds for n samples. A finished slot is filled with the next request at once."""
+        limits = [min(max_tokens, self.max_len - len(p)) for p in prompts]
+        if any(limit < 1 for limit in limits):
+            die(f"a prompt of {max(map(len, prompts))} tokens leaves no room in {self.max_len} positions")
+        longest = max(len(p) + limit for p, limit in zip(prompts, limits))
+        probe = KVSlots(self.config, 1, longest, self.model.dtype, "meta")
+        slot_bytes = 2 * sum(k.numel() for k in probe.keys) * self.model.dtype.itemsize
+        n_slots = max(1, min(self.max_slots, len(prompts), self.cache_bytes // slot_bytes))
+        self.slots = KVSlots(self.config, n_slots, longest, self.model.dtype, self.device)
+        waiting = list(range(len(prompts)))[::-1]
+        active = []                                       # request in each slot
+        length = np.zeros(0, dtype=np.int64)              # tokens in each slot, the newest one (not yet cached) included
+        newest = torch.zeros(0, dtype=torch.int64, device=self.device)
+        ids, logps = {}, {}
+        seeds = np.asarray(seeds)
+        while waiting or active:
+            if waiting and len(active) <= n_slots - max(1, n_slots // 8):            # admit in batches: cheaper prefills
+                new = [waiting.pop() for _ in range(min(len(waiting), n_slots - len(active)))]
+                for i in new:
+                    ids[i], logps[i] = [], []
+                prompt_pack = pack([(list(prompts[i]), len(prompts[i])) for i in new], self.device)
+                rows = torch.arange(len(active), len(active) + len(new), device=self.device)
+                lengths = prompt_pack.cu_seqlens.diff().long()
+                self.slots.at(rows.repeat_interleave(lengths), prompt_pack.position_ids, 0)
+                logits = self.forward(prompt_pack.input_ids[None], prompt_pack.position_ids[None], prompt_pack)
+                token, logp = self.draw(logits, new, ids, seeds, temperature, top_p)
+                active += new
+                length = np.concatenate([length, [len(prompts[i]) + 1 for i in new]])
+                newest = torch.cat([newest, token])
+                fresh = list(range(len(active) - len(new), len(active)))
+            else:
+                position = torch.from_numpy(length - 1).to(self.device)
+                self.slots.at(torch.arange(len(active), device=self.device), position, int(length.max()))
+                logits = self.forward(newest[:, None], position[:, None])
+                token, logp = self.draw(logits, active, ids, seeds, temperature, top_p)
+                newest, length, fresh = token, length + 1, list(range(len(active)))
+            done = []
+            for row, t, lp in zip(fresh, token.tolist(), logp.tolist()):
+                i = active[row]
+                ids[i].append(t)
+                logps[i].append(lp)
+                if t in self.stops or len(ids[i]) >= limits[i]:
+                    done.append(row)
+                    yield i, Completion(ids.pop(i), logps.pop(i), "stop" if t in self.stops else "length")
+                    if progress is not None:
+                        progress.update(1)
+            if done:                                       # close the gaps with rows from the end
+                gone, n_left = set(done), len(active) - len(done)
+                holes = [r for r in done if r < n_left]
+                movers = [r for r in range(n_left, len(active)) if r not in gone]
+                self.slots.width = int(length.max())
+                self.slots.move(movers, holes)
+                keep = list(range(n_left))
+                for hole, mover in zip(holes, movers):
+                    keep[hole] = mover
+                active, length, newest = [active[r] for r in keep], length[keep], newest[keep]
+        self.slots = None
+
+    def draw(self, logits, requests, ids, seeds, temperature, top_p):
+        u = uniform(seeds[requests], np.array([len(ids[i]) for i in requests]))
+        return sample(logits, torch.from_numpy(u).to(self.device), temperature, top_p)
+
+
+def make_engine(kind: str, path, max_len: int, **options):
+    """`hf`, `vllm`, or `auto`: vLLM where it is installed and a GPU is there, else Hugging Face."""
+    if kind == "auto":
+        kind = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
+    return HFEngine(path, max_len, **options)

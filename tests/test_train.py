@@ -1,0 +1,178 @@
+"""03: losses against hand-written formulas, one gradient under any split, exact resume, clear refusals."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from conftest import ROOT, byte_tokenizer, make_model
+
+train = importlib.import_module("03_train_oxa")
+
+
+def write_training_set(path, n_ce=12, n_ul=8, seed=0):
+    rng = np.random.default_rng(seed)
+    with open(path, "w") as file:
+        for i in range(n_ce + n_ul):
+            words = " ".join(rng.choice(["one", "two", "carry", "so", "wait"], rng.integers(1, 12)))
+            file.write(json.dumps({"sid": f"p{i}:t:0", "pid": f"p{i}", "problem": f"{i} + {i}?", "ppl": 2.0, "n_tokens": 1,
+                                   "response": f"<think> {words} </think> \\boxed{{{2 * i}}}",
+                                   "objective": "ce" if i < n_ce else "ul"}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train")
+    return make_model(path / "model"), write_training_set(path / "train.jsonl")
+
+
+def arguments(world, out, *more):
+    return ["--model", str(world[0]), "--data", str(world[1]), "--out", str(out), "--ce-per-step", "4", "--ul-per-step", "4",
+            "--epochs", "2", "--lr", "1e-3", "--token-budget", "800", *more]
+
+
+def launch(argv, ranks=1, env=None):
+    """The script as a user runs it, under torchrun for more than one rank."""
+    runner = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                   f"--nproc_per_node={ranks}"]
+    return subprocess.run([*runner, str(ROOT / "03_train_oxa.py"), *argv], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **(env or {})})
+
+
+def test_unlikelihood_equals_its_formula_at_both_ends():
+    p = torch.tensor([1e-12, 1e-6, 0.1, 0.5, 0.9, 0.999], dtype=torch.float64)
+    assert torch.allclose(train.unlikelihood(p.log()), -torch.log1p(-p), rtol=1e-9)
+    sure = torch.tensor([1 - 1e-9], dtype=torch.float64).log()
+    assert abs(train.unlikelihood(sure).item() + np.log(1e-6)) < 1e-3, "log p is clamped to log(1 - 1e-6)"
+
+
+@pytest.mark.parametrize("clamp,expected", [("published", 0.0), ("straight-through", 0.8)])
+def test_gradient_of_suppression_where_the_model_is_surest(clamp, expected):
+    gap = float(np.log(1 / 8e-7))                                  # p = 1 - 8e-7, beyond the clamp
+    z = torch.tensor([[gap, 0.0]], dtype=torch.float64, requires_grad=True)
+    train.unlikelihood(z.log_softmax(-1)[:, 0], clamp).sum().backward()
+    assert abs(z.grad[0, 0].item() - expected) < 0.01
+
+
+def plain_loss(path, tokens, ul_weight, normalize):
+    """The paper's loss from full logits, a sequence at a time. tokens: [(ids, start, is_ul)]."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    per_token = {False: [], True: []}
+    for ids, start, is_ul in tokens:
+        lp = model(torch.tensor([ids])).logits[0].log_softmax(-1)[range(start - 1, len(ids) - 1), ids[start:]]
+        per_token[is_ul].append(-torch.log1p(-lp.exp()) if is_ul else -lp)
+    mean = (lambda rows: torch.cat(rows).mean()) if normalize == "token" else (lambda rows: torch.stack([r.mean() for r in rows]).mean())
+    loss = mean(per_token[False]) + ul_weight * mean(per_token[True])
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("budget", [300, 10000])
+def test_step_gradient_equals_the_formula_for_any_micro_batch(world, tmp_path, normalize, budget):
+    args = train.config(arguments(world, tmp_path, "--normalize", normalize, "--ul-weight", "0.3"))
+    train.tokenize(args, byte_tokenizer(), 2048)
+    args.token_budget = budget
+    data = train.Data(tmp_path)
+    batch = train.batch_of_step(data, args, 1)
+    loss, expected = plain_loss(world[0], [(*data.sequence(i), bool(data.is_ul[i])) for i in batch], 0.3, normalize)
+    model = common.load_model(world[0], trainable=True)
+    sums = train.training_step(train.OxaLoss(model, 0.3, "published"), data, batch, args, common.Dist())
+    assert abs(sums[0] + 0.3 * sums[1] - loss) < 1e-5
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def test_a_pass_uses_every_row_once_and_the_next_is_shuffled_anew():
+    rows = np.arange(10, 33)
+    passes = [np.concatenate([train.rows_of_step(rows, 4, s, 1, "ce") for s in range(5 * e, 5 * e + 5)]) for e in (0, 1)]
+    assert all(len(set(p)) == 20 and set(p) <= set(rows) for p in passes) and passes[0].tolist() != passes[1].tolist()
+
+
+GRADIENT_OF_A_RANK = """
+import importlib, sys, torch
+sys.path.insert(0, {root!r})
+torch.set_num_threads(1)
+import common
+train = importlib.import_module("03_train_oxa")
+args = train.config(sys.argv[3:])
+dist = common.init_distributed()
+data = train.Data(args.out)
+if sys.argv[2] == "forgets-sync":      # the failure the test must see: every micro-batch inside no_sync
+    import contextlib
+    common.gradient_sync = lambda module, last: module.no_sync() if hasattr(module, "no_sync") else contextlib.nullcontext()
+if sys.argv[2] == "past-the-wrapper":  # the other one: the loss computed by a call that the wrapper does not see
+    distribute = common.distribute
+    common.distribute = lambda module, dist, shard: module
+model = common.load_model(args.model, device=dist.device, trainable=True)
+module = common.distribute(train.OxaLoss(model, 0.3, "published"), dist, args.shard)
+train.training_step(module, data, train.batch_of_step(data, args, 0), args, dist)
+grads = {{n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad) for n, p in model.named_parameters()}}
+if dist.rank == 0:
+    torch.save(grads, sys.argv[1])
+"""
+
+
+def gradients(world, out, name, ranks, budget, mode="right", shard=False):
+    script = out / "gradient.py"
+    script.write_text(GRADIENT_OF_A_RANK.format(root=str(ROOT)))
+    runner = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                   f"--nproc_per_node={ranks}"]
+    argv = [a if a != "800" else str(budget) for a in arguments(world, out, *(["--shard"] if shard else []))]
+    done = subprocess.run([*runner, str(script), str(out / f"{name}.pt"), mode, *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / f"{name}.pt")
+
+
+def distance(a, b):
+    return max(((a[n] - b[n]).norm() / b[n].norm()).item() for n in b)
+
+
+def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path):
+    args = train.config(arguments(world, tmp_path))
+    train.tokenize(args, byte_tokenizer(), 2048)
+    whole = gradients(world, tmp_path, "whole", 1, 100000)
+    assert distance(gradients(world, tmp_path, "micro", 1, 260), whole) < 1e-6
+    assert distance(gradients(world, tmp_path, "ddp", 2, 260), whole) < 1e-6
+    assert distance(gradients(world, tmp_path, "fsdp", 2, 260, shard=True), whole) < 1e-6
+    assert distance(gradients(world, tmp_path, "broken1", 2, 260, mode="forgets-sync"), whole) > 1e-2
+    assert distance(gradients(world, tmp_path, "broken2", 2, 260, mode="past-the-wrapper"), whole) > 1e-2
+
+
+def test_six_steps_equal_three_and_a_restart_and_three_bit_for_bit(world, tmp_path):
+    assert launch(arguments(world, tmp_path / "a")).returncode == 0
+    first = launch(arguments(world, tmp_path / "b", "--stop-at", "3"))
+    assert first.returncode == 0 and "stopped after step 3" in first.stdout
+    second = launch(arguments(world, tmp_path / "b"))
+    assert second.returncode == 0 and "going on after step 3" in second.stdout, second.stderr
+    a, b = (torch.load if False else __import__("safetensors.torch").torch.load_file)(str(tmp_path / "a/final/model.safetensors")), \
+        __import__("safetensors.torch").torch.load_file(str(tmp_path / "b/final/model.safetensors"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    losses = [[r["loss"] for r in common.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in "ab"]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert "nothing to do" in launch(arguments(world, tmp_path / "b")).stdout
+
+
+def test_training_promotes_and_suppresses(world, tmp_path):
+    train.train(train.config(arguments(world, tmp_path, "--ul-weight", "1.0", "--epochs", "8", "--lr", "3e-3")))
+    rows = list(common.read_jsonl(tmp_path / "metrics.jsonl"))
+    assert rows[-1]["ce_loss"] < rows[0]["ce_loss"] and rows[-1]["ul_loss"] < rows[0]["ul_loss"]
+
+
+@pytest.mark.parametrize("change,message", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"), (["--model", "tests"], "is no model"),
+    (["--token-budget", "20"], "--token-budget is 20"), (["--ce-per-step", "500"], "fewer than --ce-per-step 500"),
+    (["--max-tokens", "3"], "no sequence is shorter")])
+def test_bad_input_is_one_sentence_and_exit_2(world, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        train.train(train.config(arguments(world, tmp_path, *change)))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
