@@ -9,6 +9,7 @@ Shapes: T tokens of a pack, S sequences in it, N scored tokens, H hidden size, V
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import hashlib
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -284,8 +286,11 @@ END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 def load_tokenizer(path, any_markup: bool = False):
     """`any_markup`: enough to sample from (R1's distilled models have markup of their own), not to train."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(model_dir(path))
-    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir(path))
+    except (OSError, ValueError) as error:
+        die(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}")
+    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if token_id(tokenizer, t) is None]
     if missing and not any_markup:
         die(f"the tokenizer in {path} has no {' and no '.join(missing)}: Qwen chat markup is needed")
     return tokenizer
@@ -308,10 +313,16 @@ def encode_response(tokenizer, text: str) -> list[int]:
     return encode_text(tokenizer, text) + [tokenizer.convert_tokens_to_ids(END_OF_TURN)]
 
 
+def token_id(tokenizer, token: str) -> int | None:
+    """Id of a special token, None if there is none (an unknown token has the id of `unk`, which may be a stop token)."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
+
+
 def stop_ids(tokenizer) -> list[int]:
     """End of turn, end of text, and the tokenizer's own end of sequence."""
-    ids = [tokenizer.convert_tokens_to_ids(t) for t in (END_OF_TURN, END_OF_TEXT)] + [tokenizer.eos_token_id]
-    return list(dict.fromkeys(i for i in ids if i not in (None, tokenizer.unk_token_id)))
+    ids = [token_id(tokenizer, t) for t in (END_OF_TURN, END_OF_TEXT)] + [tokenizer.eos_token_id]
+    return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def decode_response(tokenizer, ids: list[int]) -> str:
@@ -554,6 +565,8 @@ def init_distributed() -> Dist:
         torch.cuda.set_device(local)
     if not torch_dist.is_initialized():
         torch_dist.init_process_group("nccl" if cuda else "gloo")
+        # gloo's threads abort a process that exits with its group alive
+        atexit.register(lambda: torch_dist.is_initialized() and torch_dist.destroy_process_group())
     return Dist(torch_dist.get_rank(), torch_dist.get_world_size(), f"cuda:{local}" if cuda else "cpu")
 
 
@@ -712,3 +725,27 @@ def bootstrap(benchmarks: list, same_problems: bool = True, n_boot: int = 2000, 
     stretch = np.array([t_quantile((1 + level) / 2, max(f, 1.0)) / normal for f in freedom])
     low, high = np.quantile(by_seed + by_problem, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return mean, mean + stretch * low, mean + stretch * high
+
+
+# ------------------------------------------------------------------------------------- for run_all.sh: [run] as shell
+
+
+def shell_variables(recipe) -> str:
+    """The recipe's [run] section as bash assignments; lists become arrays, `benchmarks = {name = source}` an array of names
+    and a variable source_NAME for each."""
+    lines = []
+    for key, value in load_recipe(recipe).get("run", {}).items():
+        if isinstance(value, dict):
+            lines += [f"source_{name}={shlex.quote(source)}" for name, source in value.items()]
+            value = list(value)
+        if isinstance(value, list):
+            lines.append(f"{key}=({' '.join(shlex.quote(str(v)) for v in value)})")
+        else:
+            lines.append(f"{key}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["run-section"] or len(sys.argv) != 3:
+        die("usage: python common.py run-section RECIPE")
+    print(shell_variables(sys.argv[2]))
