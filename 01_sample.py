@@ -14,9 +14,9 @@ an opening `<think>` that was part of its prompt and is put back.
 
 Commands (of the paper's recipe; `run_all.sh` has them all):
     python 01_sample.py problems --source HuggingFaceH4/aime_2024 --out aime24.jsonl
-    python 01_sample.py teacher --source takagi97/OXA-AceReason-1.1-Math --answers boxed --model Qwen/Qwen2.5-Math-1.5B \\
+    python 01_sample.py teacher --source takagi97/OXA-AceReason-1.1-Math --answers boxed --model BASE \\
         --out teacher.jsonl --problems-out problems.jsonl --benchmarks aime24.jsonl minerva.jsonl
-    torchrun --nproc_per_node 8 01_sample.py model --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
+    torchrun --nproc_per_node 8 -- 01_sample.py model --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \\
         --problems problems.jsonl --n 8 --out self.jsonl
 """
 
@@ -26,12 +26,15 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 import common
+from engines import make_engine
 from sources import SOURCES, Overlap, read_source
 
-# --- contamination --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- contamination
 
 
 def make_overlap(args):
@@ -54,7 +57,7 @@ def contamination(args):
                       n_contaminated=len(overlap.dropped))
 
 
-# --- problems and teacher traces ------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------ problems and teacher traces
 
 
 def source_name(args):
@@ -112,7 +115,8 @@ def teacher(args):
     if args.answers == "join":
         if not args.problems:
             common.die("--answers join needs --problems (rows with pid and answer)")
-        known = {row["pid"]: row["answer"] for row in common.read_jsonl(args.problems, {"pid": str, "answer": (str, list)})}
+        fields = {"pid": str, "answer": (str, list)}
+        known = {row["pid"]: row["answer"] for row in common.read_jsonl(args.problems, fields)}
     elif args.answers == "column" and source.answer is None:
         common.die(f"{args.source} has no column of answers: give --answers join --problems P.jsonl, or, if all its "
                    "responses are known to be right, --answers boxed")
@@ -165,7 +169,7 @@ def teacher(args):
     say(args.out, counts)
 
 
-# --- a model's own samples ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ a model's own samples
 
 
 def model_samples(args):
@@ -199,7 +203,7 @@ def model_samples(args):
     mine = [sid for sid in keys if sid not in done][dist.rank::dist.world]
     own = out if dist.rank == 0 else out.with_name(f"{out.stem}.rank{dist.rank}.jsonl")
     n_failed = draw(args, dist, tokenizer, {sid: keys[sid] for sid in mine}, prompts, own) if mine else 0
-    n_failed = int(common.all_reduce_sum(common.torch.tensor(n_failed, device=dist.device)))
+    n_failed = int(common.all_reduce_sum(torch.tensor(n_failed, device=dist.device)))
     if dist.rank == 0:
         merge(args, keys, parts(), n_failed=n_failed, n_prompts_too_long=too_long)
     common.barrier()
@@ -208,7 +212,7 @@ def model_samples(args):
 def draw(args, dist, tokenizer, mine, prompts, path):
     """Generate the requests `mine` (sid -> (pid, k)) and append their rows. -> how many failed."""
     name, n_failed, sids = args.name, 0, list(mine)
-    engine = common.make_engine(args.engine, args.model, args.max_prompt_tokens + args.max_tokens, device=dist.device,
+    engine = make_engine(args.engine, args.model, args.max_prompt_tokens + args.max_tokens, device=dist.device,
                                 gpu_memory=args.gpu_memory, kv_cache_gb=args.kv_cache_gb)
     # The `<think>` with which some templates open the answer belongs to the response.
     opened = tokenizer.decode(next(iter(prompts.values()))).rstrip().endswith("<think>")
@@ -264,13 +268,14 @@ def merge(args, keys, paths, **counts):
             path.unlink()
     if not n_tokens:
         common.die(f"{args.out}: every request failed ({counts})")
-    common.write_meta(args.out, "samples", args, [args.problems], len(n_tokens), model=args.model, finish=finish, **counts)
-    quantiles = [int(q) for q in common.np.quantile(n_tokens, [0, 0.5, 0.9, 1])]
+    common.write_meta(args.out, "samples", args, [args.problems], len(n_tokens), model=args.model, finish=finish,
+                      **counts)
     say(args.out, {"samples": len(n_tokens), **finish, **counts})
-    print(f"tokens a sample: min {quantiles[0]}, median {quantiles[1]}, 90 % {quantiles[2]}, max {quantiles[3]}", flush=True)
+    low, median, high, top = (int(q) for q in np.quantile(n_tokens, [0, 0.5, 0.9, 1]))
+    print(f"tokens a sample: min {low}, median {median}, 90 % {high}, max {top}", flush=True)
 
 
-# --- base model preparation -----------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- base model preparation
 
 # Qwen's markup without a default system prompt: what the model is told is what the data say (PAPER: "Prompt").
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -336,7 +341,8 @@ def prepare_base(args):
     if out.exists():
         same = all((out / name).exists() and (out / name).read_text() == text for name, text in written.items())
         if not same or not all((out / f.name).exists() and filecmp.cmp(f, out / f.name, shallow=False) for f in copied):
-            common.die(f"{out} exists and is not {args.model} prepared with these settings; remove it or choose another --out")
+            common.die(f"{out} exists and is not {args.model} prepared with these settings; remove it or "
+                       "choose another --out")
         print(f"{out}: already prepared, nothing written", flush=True)
         return
     temporary = out.with_name(f".{out.name}.tmp")
@@ -352,7 +358,7 @@ def prepare_base(args):
           f"{generation['eos_token_id']}; weights unchanged", flush=True)
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def build_parser():
@@ -361,7 +367,8 @@ def build_parser():
 
     def reads_source(p):
         p.add_argument("--source", required=True, help="hub id, or local JSONL, parquet or save_to_disk path")
-        p.add_argument("--format", choices=sorted(SOURCES), help="declared columns; default: by hub id, else by the columns")
+        p.add_argument("--format", choices=sorted(SOURCES), help="declared columns; default: by hub id, "
+                       "else by the columns")
         p.add_argument("--columns", nargs="+", metavar="FIELD=COLUMN", help="for a source that is not declared: "
                        "problem=COLUMN [answer=COLUMN] [response=COLUMN]; other columns are ignored")
         p.add_argument("--split", help="split of the source; default: the declared one, else train")
@@ -372,8 +379,8 @@ def build_parser():
         p.add_argument("--benchmarks", nargs="+", metavar="JSONL", required=required,
                        help="problems rows; training problems that overlap them are dropped and reported")
         p.add_argument("--ngram", type=int, default=13, help="words of an n-gram")
-        p.add_argument("--boilerplate", type=int, default=3, help="an n-gram in this many benchmark problems or more is no "
-                       "evidence; 0: every n-gram is")
+        p.add_argument("--boilerplate", type=int, default=3, help="an n-gram in this many benchmark problems or more "
+                       "is no evidence; 0: every n-gram is")
 
     def writes(p, what):
         p.add_argument("--out", required=True, metavar="JSONL", help=what)
@@ -388,9 +395,9 @@ def build_parser():
     reads_source(p)
     drops_overlap(p)
     p.add_argument("--model", required=True, help="directory or hub id whose tokenizer counts n_tokens (the base)")
-    p.add_argument("--answers", choices=("column", "join", "boxed"), default="column", help="ground truth: a column of the "
-                   "source; joined by problem text from --problems; or the boxed answer of the first response (only for a "
-                   "source whose responses are all verified)")
+    p.add_argument("--answers", choices=("column", "join", "boxed"), default="column", help="ground truth: a column of "
+                   "the source; joined by problem text from --problems; or the boxed answer of the first response "
+                   "(only for a source whose responses are all verified)")
     p.add_argument("--problems", metavar="JSONL", help="problems rows for --answers join")
     p.add_argument("--problems-out", metavar="JSONL", help="problems rows of the imported responses")
     writes(p, "samples rows")
@@ -403,11 +410,13 @@ def build_parser():
     p.add_argument("--top-p", type=float, default=0.95, help="nucleus")
     p.add_argument("--max-tokens", type=int, default=25000, help="tokens of a response; one that is longer is cut and "
                    "marked finish = length")
-    p.add_argument("--max-prompt-tokens", type=int, default=1536, help="problems with a longer prompt are dropped and counted")
+    p.add_argument("--max-prompt-tokens", type=int, default=1536, help="problems with a longer prompt are "
+                   "dropped and counted")
     p.add_argument("--seed", type=int, default=42, help="request seed = hash(seed, pid, k)")
     p.add_argument("--name", default="self", help="`source` of the rows")
     p.add_argument("--limit", type=int, default=0, help="first problems only; 0: all")
-    p.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto", help="auto: vLLM where it is installed with a GPU")
+    p.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto", help="auto: vLLM where it is "
+                   "installed with a GPU")
     p.add_argument("--gpu-memory", type=float, default=0.9, help="share of a card's memory for vLLM")
     p.add_argument("--kv-cache-gb", type=float, default=0, help="KV cache of vLLM in GiB; 0: what --gpu-memory leaves")
     writes(p, "samples rows")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import common
 
-# --- sources: which column is what ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- sources: which column is what
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def choose_source(args, columns):
     if args.columns:
         named = dict(pair.partition("=")[::2] for pair in args.columns)
         if "problem" not in named or not set(named) <= {"problem", "answer", "response"}:
-            common.die(f"--columns takes problem=COLUMN [answer=COLUMN] [response=COLUMN], not {' '.join(args.columns)}")
+            common.die("--columns takes problem=COLUMN [answer=COLUMN] [response=COLUMN], not "
+                       + " ".join(args.columns))
         source = Source(**named, split=args.split or "train")   # the user named what to use: the rest is ignored
         name, unknown = "--columns", set()
     else:
@@ -161,7 +162,7 @@ def read_source(args):
     return source, items()
 
 
-# --- contamination --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- contamination
 
 
 class Overlap:

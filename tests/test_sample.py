@@ -20,8 +20,10 @@ INTEGERS = "where m and n are relatively prime positive integers find the value 
 
 
 def run(*args, ok=True, torchrun=0):
-    launcher = [*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else PYTHON
-    done = subprocess.run([*launcher, ROOT / "01_sample.py", *map(str, args)], capture_output=True, text=True, timeout=300,
+    launcher = [*PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}",
+                "--"] if torchrun else PYTHON
+    done = subprocess.run([*launcher, ROOT / "01_sample.py", *map(str, args)], capture_output=True, text=True,
+                          timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     if not ok and not torchrun:
@@ -86,7 +88,7 @@ def save_as(kind, rows, path):
     return path
 
 
-# --- sources --------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- sources
 
 PROBLEM_SETS = [n for n, s in sources.SOURCES.items() if s.response is None]
 TRACES = [n for n, s in sources.SOURCES.items() if s.response is not None]
@@ -128,12 +130,14 @@ def test_teacher_traces_and_their_wrong_shapes(name, tmp_path, tiny_model_dir, t
     out, problems = tmp_path / "teacher.jsonl", tmp_path / "problems.jsonl"
     answers = ["--answers", "column"]
     if source.answer is None:
-        known = write(tmp_path / "known.jsonl", [{"pid": sources.problem_id(r[source.problem]), "problem": r[source.problem],
+        known = write(tmp_path / "known.jsonl", [{"pid": sources.problem_id(r[source.problem]),
+                                                  "problem": r[source.problem],
                                                   "answer": str(i + 1), "source": "x"} for i, r in enumerate(rows)])
         answers = ["--answers", "join", "--problems", known]
         said = inside(capsys, "teacher", "--source", good, "--model", tiny_model_dir, "--out", out, ok=False)
         assert "no column of answers" in said
-    inside(capsys, "teacher", "--source", good, "--model", tiny_model_dir, "--out", out, "--problems-out", problems, *answers)
+    inside(capsys, "teacher", "--source", good, "--model", tiny_model_dir, "--out", out, "--problems-out", problems,
+           *answers)
     per_problem = 2 if name.startswith("oxa") else 1
     made = rows_of(out)
     assert len(made) == 3 * per_problem and [r["answer"] for r in rows_of(problems)] == ["1", "2", "3"]
@@ -142,7 +146,8 @@ def test_teacher_traces_and_their_wrong_shapes(name, tmp_path, tiny_model_dir, t
     assert all(r["response"].startswith("<think>\n") and r["finish"] == "stop" for r in made)
     assert made[0]["n_tokens"] == len(common.encode_response(tiny_tokenizer, made[0]["response"]))
     bad = write(tmp_path / "bad.jsonl", [{k: v for k, v in r.items() if k != source.response} for r in rows])
-    said = inside(capsys, "teacher", "--source", bad, "--format", name, "--model", tiny_model_dir, "--out", tmp_path / "x.jsonl",
+    said = inside(capsys, "teacher", "--source", bad, "--format", name, "--model", tiny_model_dir, "--out",
+                  tmp_path / "x.jsonl",
                   *answers, ok=False)
     assert f"lacks ['{source.response}']" in said
 
@@ -170,7 +175,8 @@ def test_rows_that_change_shape_half_way(tmp_path, capsys):
     rows = rows_like("minerva")
     del rows[2]["answer"]
     path = write(tmp_path / "m.jsonl", rows)
-    assert "row 3: no column answer" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
+    assert "row 3: no column answer" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl",
+                                               ok=False)
     rows[2] = {"question": ["not text"], "answer": "1"}
     path = write(tmp_path / "m.jsonl", rows)
     assert "row 3" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
@@ -178,7 +184,8 @@ def test_rows_that_change_shape_half_way(tmp_path, capsys):
 
 def test_named_columns_only_acereason_maths_and_boxed_answers(tmp_path, tiny_model_dir, capsys):
     path = write(tmp_path / "q.jsonl", [{"q": "1+1?", "a": 2, "uuid": "u"}, {"q": "2+2?", "a": None, "uuid": "v"}])
-    said = inside(capsys, "problems", "--source", path, "--columns", "problem=q", "answer=a", "--out", tmp_path / "p.jsonl")
+    said = inside(capsys, "problems", "--source", path, "--columns", "problem=q", "answer=a", "--out",
+                  tmp_path / "p.jsonl")
     assert [r["answer"] for r in rows_of(tmp_path / "p.jsonl")] == ["2"] and "1 without an answer" in said
     said = inside(capsys, "problems", "--source", path, "--columns", "text=q", "--out", tmp_path / "x.jsonl", ok=False)
     assert "--columns takes" in said
@@ -211,7 +218,8 @@ def test_duplicates_limit_and_recipe(tmp_path, capsys):
 
 def test_teacher_import_goes_on_where_it_was_killed(tmp_path, tiny_model_dir, capsys):
     path = write(tmp_path / "t.jsonl", rows_like("oxa_answer", 6))
-    args = ["teacher", "--source", path, "--model", tiny_model_dir, "--out", tmp_path / "o.jsonl", "--problems-out", tmp_path / "p.jsonl"]
+    args = ["teacher", "--source", path, "--model", tiny_model_dir, "--out", tmp_path / "o.jsonl", "--problems-out",
+            tmp_path / "p.jsonl"]
     inside(capsys, *args)
     whole = (tmp_path / "o.jsonl").read_bytes(), (tmp_path / "p.jsonl").read_bytes()
     (tmp_path / "o.jsonl").write_bytes(whole[0][:len(whole[0]) // 2])
@@ -220,7 +228,7 @@ def test_teacher_import_goes_on_where_it_was_killed(tmp_path, tiny_model_dir, ca
     assert "begun with other settings" in inside(capsys, *args, "--limit", 2, ok=False)
 
 
-# --- contamination --------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- contamination
 
 
 def test_contamination_drops_overlap_but_not_boilerplate(tmp_path, tiny_model_dir, capsys):
@@ -237,33 +245,40 @@ def test_contamination_drops_overlap_but_not_boilerplate(tmp_path, tiny_model_di
         ("boiler", f"Another question {INTEGERS}"),
         ("clean", "What is the capital of France")]
     problems = write(tmp_path / "p.jsonl", [{"pid": i, "problem": t, "answer": "1", "source": "s"} for i, t in train])
-    said = inside(capsys, "contamination", "--problems", problems, "--benchmarks", bench, "--out", tmp_path / "clean.jsonl")
+    said = inside(capsys, "contamination", "--problems", problems, "--benchmarks", bench, "--out",
+                  tmp_path / "clean.jsonl")
     assert [r["pid"] for r in rows_of(tmp_path / "clean.jsonl")] == ["twelve", "inside", "boiler", "clean"]
     report = json.loads((tmp_path / "clean.contamination.json").read_text())
     assert [(d["pid"], d["bench_pid"]) for d in report["dropped"]] == [("thirteen", "b0"), ("short", "b1")]
     assert report["benchmarks"] == {"bench": {"n_problems": 5, "n_found_in_training": 2, "n_training_dropped": 2}}
     assert set(report["boilerplate"].values()) == {3} and "2 training problems dropped" in said
-    inside(capsys, "contamination", "--problems", problems, "--benchmarks", bench, "--boilerplate", 0, "--out", tmp_path / "strict.jsonl")
+    inside(capsys, "contamination", "--problems", problems, "--benchmarks", bench, "--boilerplate", 0, "--out",
+           tmp_path / "strict.jsonl")
     assert [r["pid"] for r in rows_of(tmp_path / "strict.jsonl")] == ["twelve", "inside", "clean"]
 
-    traces = write(tmp_path / "t.jsonl", [{"query": t, "answer": "1", "DeepSeek-R1_Response_List": ["<think>x</think>1"]} for _, t in train])
+    traces = write(tmp_path / "t.jsonl", [{"query": t, "answer": "1",
+                                           "DeepSeek-R1_Response_List": ["<think>x</think>1"]} for _, t in train])
     inside(capsys, "teacher", "--source", traces, "--benchmarks", bench, "--model", tiny_model_dir,
            "--out", tmp_path / "o.jsonl", "--problems-out", tmp_path / "op.jsonl")
     kept = {sources.problem_id(t) for i, t in train if i not in ("thirteen", "short")}
-    assert {r["pid"] for r in rows_of(tmp_path / "o.jsonl")} == {r["pid"] for r in rows_of(tmp_path / "op.jsonl")} == kept
+    assert {r["pid"] for r in rows_of(tmp_path / "o.jsonl")} == kept
+    assert {r["pid"] for r in rows_of(tmp_path / "op.jsonl")} == kept
 
 
-# --- self-distillation ----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- self-distillation
 
 
 @pytest.fixture
 def problem_file(tmp_path):
-    return write(tmp_path / "p.jsonl", [{"pid": f"p{i}", "problem": f"{i}+{i}=?" * (1 + 300 * (i == 4)), "answer": "1", "source": "s"}
+    return write(tmp_path / "p.jsonl", [{"pid": f"p{i}", "problem": f"{i}+{i}=?" * (1 + 300 * (i == 4)), "answer": "1",
+                                         "source": "s"}
                                         for i in range(5)])
 
 
-def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_model_dir, problem_file, tiny_tokenizer, capsys):
-    args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--n", 3, "--max-tokens", 12, "--engine", "hf",
+def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_model_dir, problem_file,
+                                                                 tiny_tokenizer, capsys):
+    args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--n", 3, "--max-tokens", 12, "--engine",
+            "hf",
             "--max-prompt-tokens", 400]
     said = inside(capsys, *args, "--out", tmp_path / "a.jsonl")
     rows = rows_of(tmp_path / "a.jsonl")
@@ -279,7 +294,7 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
     inside(capsys, *args, "--out", out)
     lines = whole.decode().splitlines(keepends=True)
     out.write_text(lines[7] + lines[0] + lines[3][:20])                  # another order, and a row half written
-    write(tmp_path / "b.rank1.jsonl", [json.loads(lines[5])])            # what a killed rank 1 left
+    (tmp_path / "b.rank1.jsonl").write_text(lines[5])                    # what a killed rank 1 left
     inside(capsys, *args, "--out", out)
     assert out.read_bytes() == whole and not list(tmp_path.glob("b.rank*"))
 
@@ -298,7 +313,8 @@ def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_di
     tokenizer.save_pretrained(r1)
     text = (r1 / "tokenizer.json").read_text()
     (r1 / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|User|>").replace("<|im_end|>", "<|Assistant|>"))
-    said = inside(capsys, "model", "--model", r1, "--problems", problem_file, "--n", 1, "--max-tokens", 5, "--engine", "hf",
+    said = inside(capsys, "model", "--model", r1, "--problems", problem_file, "--n", 1, "--max-tokens", 5, "--engine",
+                  "hf",
                   "--max-prompt-tokens", 300, "--out", tmp_path / "o.jsonl")
     assert all(r["response"].startswith("<think>\n") for r in rows_of(tmp_path / "o.jsonl")), said
     with pytest.raises(SystemExit):
@@ -306,7 +322,8 @@ def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_di
 
 
 def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
-    args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--engine", "hf", "--out", tmp_path / "o.jsonl"]
+    args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--engine", "hf", "--out",
+            tmp_path / "o.jsonl"]
     said = inside(capsys, *args, "--max-tokens", 4000, ok=False)
     assert "max_position_embeddings = 2048" in said and "prepare-base" in said
     assert "every prompt is longer" in inside(capsys, *args, "--max-prompt-tokens", 3, "--max-tokens", 4, ok=False)
@@ -317,7 +334,7 @@ def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
     run("model", "--model", tmp_path / "none", "--problems", problem_file, "--out", tmp_path / "o.jsonl", ok=False)
 
 
-# --- base model preparation -----------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- base model preparation
 
 
 @pytest.fixture
@@ -381,4 +398,5 @@ def test_prepare_base_refuses_a_missing_output_layer_and_a_small_embedding(tmp_p
     (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     assert "no lm_head.weight" in inside(capsys, "prepare-base", "--model", tied, "--out", tmp_path / "o", ok=False)
     small = make_model(tmp_path / "small", vocab_size=100, eos_token_id=1)
-    assert "the tokenizer has 259 tokens" in inside(capsys, "prepare-base", "--model", small, "--out", tmp_path / "o", ok=False)
+    assert "the tokenizer has 259 tokens" in inside(capsys, "prepare-base", "--model", small, "--out", tmp_path / "o",
+                                                    ok=False)
