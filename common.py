@@ -199,6 +199,8 @@ def read_meta(path) -> dict | None:
 
 
 def sha256_file(path) -> str:
+    if not Path(path).is_file():
+        die(f"{path} does not exist")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -239,17 +241,19 @@ def start_output(path, schema: str, args, inputs=(), may_differ=()):
     write_meta(path, schema, args, inputs, rows=None)
 
 
+def step_log(path, step: int) -> JsonlWriter:
+    """A log whose rows have a `step`, opened to go on after `step`: what a killed run wrote of later ones is dropped."""
+    append_jsonl(path, "step")[1].close()
+    with open(path, encoding="utf-8") as lines, replace_file(path) as file:
+        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+    return JsonlWriter(path)
+
+
 class Metrics:
     """metrics.jsonl, one line a step; W&B or TensorBoard beside it if asked for. On resume later steps are dropped."""
 
     def __init__(self, out, step: int = 0, args=None, wandb: bool = False, tensorboard: bool = False):
-        path = Path(out) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append_jsonl(path, "step")[1].close()
-        kept = [line for line in open(path, encoding="utf-8") if json.loads(line)["step"] <= step]
-        with replace_file(path) as file:
-            file.writelines(kept)
-        self.writer, self.wandb, self.board = JsonlWriter(path), None, None
+        self.writer, self.wandb, self.board = step_log(Path(out) / "metrics.jsonl", step), None, None
         if wandb:
             import wandb as package
             self.wandb = package.init(project="oxa", dir=str(out), config=vars(args) if args else None)
