@@ -1,0 +1,543 @@
+"""Stage 4: reinforcement learning with verifiable rewards (GRPO), from a checkpoint to a checkpoint.
+
+One step, a function each, in this order:
+    1 prompts_of_step      P problems, a pure function of (seed, step)
+    2 draw_rollouts        G responses to each from the engine, and the log-prob of every token when it was drawn
+    3 give_rewards         1 if the text after </think> verifies, else 0: in worker processes, while
+      reference_logprobs   scores the same tokens under the starting model, for the KL term
+    4 give_advantages      each reward against those of its group
+    5 token_weights        the loss normalisation: what one token of each rollout counts
+    6 update               policy_loss over packed micro-batches, gradient, AdamW
+    7 sync, check_sync     the weights go into the engine, then both sides score the same tokens
+
+With one update per batch the policy that is trained is the one that sampled: its ratio is exp(0) = 1 and no pass of an "old"
+policy is made. With more, the forward pass of the first update gives the old log-probs.
+
+Deliberate simplifications
+- Rollouts are drawn with top-p 1: with less, the engine's distribution is not the trainer's and every ratio is biased.
+- Policy, old policy and reference are taken at the sampling temperature, softmax(logits / T): the distribution that acted.
+- Prompts are split over the ranks, each with its own engine; a group never crosses ranks, denominators always do.
+- Steps are synchronous: no rollout is older than the weights it trains. Constant learning rate, no reward shaping, no replay.
+
+    python 04_rlvr.py --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr                       one process (CPU or one card)
+    torchrun --nproc_per_node 8 04_rlvr.py --recipe recipes/paper_1.5b.toml --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr
+
+Writes OUT/final (the model), OUT/step-* (checkpoints), OUT/metrics.jsonl (names: docs/METRICS.md), OUT/rollouts.jsonl (a sample of
+each step) and its .meta.json. Run it again to go on from the newest checkpoint, bit for bit on a CPU; Ctrl-C saves one first.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+import engines
+import verifier
+
+# --------------------------------------------------------------------------------------------------- configuration
+
+CHECK_ROLLOUTS, CHECK_TOKENS = 4, 8     # the check after a weight sync: so many prefixes, each continued by so many tokens
+KL_D_MAX, KL_MAX = 20.0, 10.0           # clamps of the KL estimate: d before exp, and the estimate itself (as verl does)
+MAY_DIFFER = ("epochs", "max_steps", "save_every", "keep", "eval_every", "eval_problems", "eval_n", "log_rollouts",
+              "verify_workers", "max_logp_gap", "wandb", "tensorboard")      # what may change when a run is continued
+
+
+def config(argv=None):
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint to start from; also the reference of the KL term")
+    add("--problems", required=True, help="problems (JSONL: pid, problem, answer)")
+    add("--out", required=True, help="directory of this run")
+    add("--engine", default="auto", choices=["auto", "hf", "vllm"], help="what draws the rollouts (auto: vLLM on a GPU)")
+    add("--prompts-per-step", type=int, default=64, help="problems in a step, over all cards")
+    add("--rollouts", type=int, default=8, help="responses to each problem: the group")
+    add("--epochs", type=int, default=20, help="passes over the problems")
+    add("--max-steps", type=int, default=0, help="end of the run in steps, if earlier than --epochs (0: no such end)")
+    add("--temperature", type=float, default=0.85, help="of sampling, and of every log-prob here")
+    add("--max-prompt-tokens", type=int, default=1536, help="longer prompts are dropped and counted")
+    add("--max-response-tokens", type=int, default=18432, help="a response is cut here (paper: 16384 for 7B)")
+    add("--overlong", default="keep", choices=["keep", "mask", "zero"],
+        help="a cut response is graded like any other, or leaves the loss (DAPO), or has reward 0")
+    add("--advantage", default="grpo", choices=["grpo", "dr_grpo", "rloo"], help="formulas: give_advantages in this file")
+    add("--normalize", default="token", choices=["token", "sequence", "constant"], help="formulas: token_weights")
+    add("--skip-uniform-groups", action="store_true", help="groups without signal leave the loss, their KL too")
+    add("--clip-low", type=float, default=0.2, help="the ratio is clipped below at 1 - this")
+    add("--clip-high", type=float, default=0.2, help="the ratio is clipped above at 1 + this")
+    add("--dual-clip", type=float, default=3.0, help="bound of the ratio where the advantage is negative (0: none)")
+    add("--kl-coef", type=float, default=0.001, help="weight of the KL term (0: no reference model is loaded)")
+    add("--tis-cap", type=float, default=0.0, help="cap of the importance weights p(trainer) / p(engine) (0: not used)")
+    add("--updates-per-batch", type=int, default=1, help="optimizer steps on each batch of rollouts")
+    add("--lr", type=float, default=2e-6, help="AdamW's learning rate, constant")
+    add("--weight-decay", type=float, default=0.01, help="AdamW, on every parameter")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--token-budget", type=int, default=32768, help="tokens in a micro-batch on one card, prompts included")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in backward (long sequences)")
+    add("--shard", action="store_true", help="fully_shard instead of DDP: for what one card cannot hold (7B)")
+    add("--max-logp-gap", type=float, default=0.0,
+        help="mean |log p(trainer) - log p(engine)| that stops the run (0: 1e-4 in float32, 0.05 on CUDA in bf16)")
+    add("--seed", type=int, default=42, help="of the order of prompts and of sampling")
+    add("--save-every", type=int, default=20, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints kept")
+    add("--log-rollouts", type=int, default=8, help="rollouts of each step that go to rollouts.jsonl")
+    add("--eval-every", type=int, default=0, help="steps between small Pass@1 evaluations (0: none)")
+    add("--eval-problems", default="", help="problems of these evaluations (JSONL)")
+    add("--eval-n", type=int, default=4, help="samples of each, at temperature 0.6 and top-p 0.95")
+    add("--verify-workers", type=int, default=2, help="verifying processes of each rank")
+    add("--wandb", action="store_true", help="log to Weights & Biases too")
+    add("--tensorboard", action="store_true", help="log to TensorBoard too")
+    args = common.parse_args(parser, "rlvr", argv)
+    common.require_loggers(args)
+    for name in ("prompts_per_step", "rollouts", "epochs", "max_response_tokens", "updates_per_batch", "save_every", "keep"):
+        if getattr(args, name) < 1:
+            common.die(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature <= 0 or (args.eval_every and not args.eval_problems):
+        common.die("--temperature must be above 0, and --eval-every needs --eval-problems")
+    return args
+
+
+@dataclass
+class Rollout:
+    """One response: what the engine drew, and what each function of the step adds."""
+    pid: str
+    g: int                                  # place in its group
+    prompt_ids: list[int]
+    ids: list[int]                          # [L], a stop token included
+    finish: str                             # "stop" | "length"
+    logp_engine: torch.Tensor               # [L] when drawn
+    response: str
+    reward: float = 0.0
+    correct: bool | None = None             # None: the verifier could not tell
+    status: str = ""
+    advantage: float = 0.0
+    logp_ref: torch.Tensor | None = None    # [L] under the starting model
+    logp_new: torch.Tensor | None = None    # [L] under the policy, from the newest pass (None: not in the loss)
+    logp_old: torch.Tensor | None = None    # [L] under the policy that sampled, kept for second and later updates
+
+
+# -------------------------------------------------------------------------------------------------------- 1 prompts
+
+def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
+    """Problems whose prompt fits and whose gold answer, given as a response, verifies; the others are counted and printed.
+
+    A gold that cannot be parsed would make every verdict on its problem unknown, and the problem a silent zero.
+    """
+    rows = {row["pid"]: dict(row, prompt_ids=common.render_prompt(tokenizer, row["problem"]))
+            for row in common.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)})}
+    fitting = [row for row in rows.values() if len(row["prompt_ids"]) <= args.max_prompt_tokens]
+    golds = [row["answer"] if isinstance(row["answer"], str) else row["answer"][0] for row in fitting]
+    verdicts = verifier.verify_many([(f"</think>\\boxed{{{gold}}}", row["answer"]) for gold, row in zip(golds, fitting)],
+                                    workers=args.verify_workers)
+    kept = [row for row, verdict in zip(fitting, verdicts) if verdict.correct]
+    refused = [f"{row['pid']} ({verdict.status})" for row, verdict in zip(fitting, verdicts) if not verdict.correct]
+    say(f"{path}: {len(rows)} problems; dropped: {len(rows) - len(fitting)} with a prompt over {args.max_prompt_tokens} tokens, "
+        f"{len(refused)} whose gold answer does not verify {' '.join(refused[:5])}; {len(kept)} are used")
+    if len(kept) < at_least:
+        common.die(f"{path}: {len(kept)} usable problems, at least {at_least} are needed")
+    return kept
+
+
+def prompts_of_step(n_problems: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
+    """Indices [P] of the problems of `step` (from 1): a new permutation each epoch, whole batches only (drop last)."""
+    epoch, i = divmod(step - 1, n_problems // prompts_per_step)
+    order = np.random.default_rng([seed, epoch]).permutation(n_problems)
+    return order[i * prompts_per_step:(i + 1) * prompts_per_step].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- 2 rollouts
+
+def draw_rollouts(engine, tokenizer, problems, step: int, args, progress=None) -> list[Rollout]:
+    """G rollouts of each problem, in order; the sampling seed of each is a function of (seed, step, pid, g) alone."""
+    asked = [(problem, g) for problem in problems for g in range(args.rollouts)]
+    rollouts = [None] * len(asked)
+    for i, drawn in engine.generate([problem["prompt_ids"] for problem, _ in asked],
+                                    [common.request_seed(args.seed, step, problem["pid"], g) for problem, g in asked],
+                                    args.temperature, 1.0, args.max_response_tokens, progress):
+        problem, g = asked[i]
+        rollouts[i] = Rollout(problem["pid"], g, problem["prompt_ids"], list(drawn.ids), drawn.finish,
+                              torch.tensor(drawn.logp), common.decode_response(tokenizer, drawn.ids))
+    return rollouts
+
+
+# ------------------------------------------------------------------------------ 3 rewards and reference, side by side
+
+def give_rewards(rollouts, answers: dict, args):
+    """Reward 1 for a response that verifies against the answer of its own pid, else 0.
+
+    An unknown verdict (null: the verifier failed or ran out of time) has reward 0 and is counted apart from a wrong one.
+    """
+    verdicts = verifier.verify_many([(r.response, answers[r.pid]) for r in rollouts], workers=args.verify_workers)
+    for r, verdict in zip(rollouts, verdicts, strict=True):
+        r.correct, r.status = verdict.correct, verdict.status
+        r.reward = float(r.correct is True and not (args.overlong == "zero" and r.finish == "length"))
+
+
+def plan(rollouts, indices, args) -> list[list[int]]:
+    """Micro-batches: the rollouts of `indices` in lists that hold at most --token-budget tokens."""
+    lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].ids) for i in indices]
+    return [[indices[j] for j in members] for members in common.plan_packs(lengths, args.token_budget)[0]]
+
+
+def lay_out(rollouts, device) -> common.Pack:
+    return common.pack([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in rollouts], device)
+
+
+@torch.no_grad()
+def reference_logprobs(reference, rollouts, args, device):
+    """Sets logp_ref [L] of each rollout: its tokens under the starting model, at the sampling temperature."""
+    for indices in plan(rollouts, range(len(rollouts)), args):
+        members = [rollouts[i] for i in indices]
+        logp, _ = common.token_logprobs(reference, lay_out(members, device), args.temperature)
+        for r, part in zip(members, logp.split([len(r.ids) for r in members])):
+            r.logp_ref = part
+
+
+# ----------------------------------------------------------------------------------------------------- 4 advantages
+
+def groups_of(rollouts, args) -> list[list[Rollout]]:
+    return [rollouts[i:i + args.rollouts] for i in range(0, len(rollouts), args.rollouts)]
+
+
+def give_advantages(rollouts, args):
+    """Sets each advantage from the rewards r of its group of G.
+
+    grpo     (r - mean) / (std + 1e-6), std with Bessel's correction         Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300
+    dr_grpo  r - mean: easy and hard problems are not blown up               Liu et al. 2025, arXiv 2503.20783
+    rloo     r - mean of the other G - 1 = (r - mean) G / (G - 1)            Ahmadian et al. 2024, arXiv 2402.14740
+
+    A group of one has nothing to compare with: mean 0, std 1 in all three. A uniform group has advantage 0 throughout.
+    """
+    for group in groups_of(rollouts, args):
+        rewards, n = [r.reward for r in group], len(group)
+        mean, std = (statistics.fmean(rewards), statistics.stdev(rewards)) if n > 1 else (0.0, 1.0)
+        scale = {"grpo": 1 / (std + 1e-6), "dr_grpo": 1.0, "rloo": n / max(n - 1, 1)}[args.advantage]
+        for r in group:
+            r.advantage = (r.reward - mean) * scale
+
+
+# -------------------------------------------------------------------------------------------------- 5 token weights
+
+def token_weights(rollouts, args, device) -> list[float]:
+    """Weight [R] of every token of a rollout; the loss is the plain sum over tokens of weight x token loss.
+
+    token     1 / tokens of the batch                           Yu et al. 2025 (DAPO), arXiv 2503.14476; the paper's choice
+    sequence  1 / (rollouts of the batch x tokens of this one)  Shao et al. 2024, arXiv 2402.03300
+    constant  1 / (rollouts of the batch x longest allowed)     Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783
+
+    The batch is that of all ranks and micro-batches, so neither changes the loss. What is out of the loss (cut rollouts with
+    --overlong mask, groups without signal with --skip-uniform-groups) has weight 0 and is in no count.
+    """
+    live = [not (args.overlong == "mask" and r.finish == "length")
+            and not (args.skip_uniform_groups and not any(other.advantage for other in group))
+            for group in groups_of(rollouts, args) for r in group]
+    counts = torch.tensor([sum(live), sum(len(r.ids) for r, keep in zip(rollouts, live) if keep)], dtype=torch.float64)
+    n_rollouts, n_tokens = common.all_reduce_sum(counts.to(device)).tolist()
+    share = {"token": lambda r: 1 / n_tokens, "sequence": lambda r: 1 / (n_rollouts * len(r.ids)),
+             "constant": lambda r: 1 / (n_rollouts * args.max_response_tokens)}[args.normalize]
+    return [share(r) if keep else 0.0 for r, keep in zip(rollouts, live)]
+
+
+# ------------------------------------------------------------------------------------------------ 6 loss and update
+
+STATS = ("tokens", "loss", "pg_loss", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight", "logp_gap", "entropy")
+
+
+def policy_loss(logp, logp_old, logp_engine, logp_ref, advantage, weight, args):
+    """Sum over tokens of weight x (clipped policy gradient + kl_coef x KL). All [N]; only `logp` has a gradient.
+
+    ratio  exp(logp - logp_old); without logp_old the policy is the one that sampled: value 1, gradient that of logp
+    clip   max(-A ratio, -A clip(ratio, 1 - low, 1 + high))    Schulman et al. 2017 (PPO), arXiv 1707.06347; low < high: DAPO
+    dual   for A < 0 at most -A dual_clip                      Ye et al. 2019, arXiv 1912.09729
+    TIS    x min(exp(logp_old - logp_engine), tis_cap)         Yao et al. 2025, "Your efficient RL framework secretly brings
+                                                               you off-policy RL training"
+    KL     k3: exp(d) - d - 1, d = logp_ref - logp, clamped    Schulman 2020, "Approximating KL divergence"
+
+    Returns (loss, sums): the loss, the weighted policy-gradient loss and plain sums over tokens of nonzero weight, see STATS.
+    """
+    logp_old = logp.detach() if logp_old is None else logp_old
+    ratio = torch.exp(logp - logp_old)
+    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    bound = torch.where(advantage < 0, -advantage * (args.dual_clip or math.inf), math.inf)
+    pg = torch.maximum(plain, clipped).minimum(bound)
+    tis = torch.exp(logp_old - logp_engine).clamp(max=args.tis_cap) if args.tis_cap else torch.ones_like(pg)
+    d = ((logp if logp_ref is None else logp_ref) - logp).clamp(-KL_D_MAX, KL_D_MAX)
+    kl = (torch.exp(d) - d - 1).clamp(max=KL_MAX)
+    loss = (weight * (tis * pg + args.kl_coef * kl)).sum()
+    live, cut, negative = weight > 0, plain < clipped, advantage < 0
+    sums = [live, weight * pg * tis, kl, cut & negative, cut & ~negative, plain > bound, tis, (logp_old - logp_engine).abs()]
+    sums = [loss if k == 1 else x[live].sum() for k, x in enumerate([live, loss, *sums[1:]])]
+    return loss, torch.stack([x.detach().double() for x in sums])
+
+
+class Policy(torch.nn.Module):
+    """The model with the loss inside its `forward`, so that DDP and fully_shard see every gradient."""
+
+    def __init__(self, model, args):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, pack, fields=None):
+        """Log-probs [N] of a pack; with `fields` (token_fields) also the loss and the sums of STATS."""
+        logp, entropy = common.token_logprobs(self.model, pack, self.args.temperature, entropy=fields is not None)
+        if fields is None:
+            return logp
+        loss, sums = policy_loss(logp, **fields, args=self.args)
+        return logp.detach(), loss, torch.cat([sums, entropy[fields["weight"] > 0].sum()[None].double()])
+
+
+def token_fields(members, weights, device) -> dict:
+    """What policy_loss takes beside logp, each [N] in the order of the pack of `members`."""
+    sizes = torch.tensor([len(r.ids) for r in members])
+    spread = lambda values: torch.tensor(values, dtype=torch.float32).repeat_interleave(sizes).to(device)
+    joined = lambda parts: None if parts[0] is None else torch.cat(parts).to(device)
+    return {"advantage": spread([r.advantage for r in members]), "weight": spread(weights)} | {
+        name: joined([getattr(r, name) for r in members]) for name in ("logp_engine", "logp_ref", "logp_old")}
+
+
+def backward(policy, rollouts, weights, args, dist) -> dict:
+    """Leaves the gradient of the batch's loss on every rank; returns STATS over all ranks: the losses, and means over tokens.
+
+    Every rank makes the same number of passes and gradients are exchanged in the last one only. A rank with fewer packs runs
+    its first rollout at weight 0 instead: it adds exactly nothing, and no rank waits for an exchange that never comes.
+    """
+    live = [i for i, w in enumerate(weights) if w > 0]
+    packs = plan(rollouts, live, args) if live else []
+    n_packs = torch.zeros(dist.world, device=dist.device)
+    n_packs[dist.rank] = len(packs)
+    n_passes = int(common.all_reduce_sum(n_packs).max())
+    totals = torch.zeros(len(STATS), dtype=torch.float64, device=dist.device)
+    for k in range(n_passes):
+        indices, scale = (packs[k], 1) if k < len(packs) else ([0], 0)
+        members = [rollouts[i] for i in indices]
+        with common.gradient_sync(policy, last=k == n_passes - 1):
+            fields = token_fields(members, [scale * weights[i] for i in indices], dist.device)
+            logp, loss, sums = policy(lay_out(members, dist.device), fields)
+            (loss * dist.world).backward()                   # the wrappers average over ranks, the loss is a sum
+        totals += sums
+        for r, part in zip(members, logp.split([len(r.ids) for r in members])):
+            r.logp_new = part
+    stats = dict(zip(STATS, common.all_reduce_sum(totals).tolist()))
+    n_tokens = max(stats.pop("tokens"), 1)
+    return {name: x if "loss" in name else x / n_tokens for name, x in stats.items()}
+
+
+def update(policy, optimizer, rollouts, weights, step: int, args, dist, interrupts) -> dict:
+    """--updates-per-batch optimizer steps on the batch. Returns the mean over them of `backward`'s numbers and grad_norm.
+
+    Before the first, trainer and engine are compared on every token in the loss: rollouts from other weights than these never
+    enter an update. A loss or gradient that is not finite stops the run before it touches a weight, and names the batch.
+    """
+    history = []
+    for k in range(args.updates_per_batch):
+        optimizer.zero_grad(set_to_none=True)
+        stats = backward(policy, rollouts, weights, args, dist)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+        stats["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not all(map(math.isfinite, stats.values())):
+            path = Path(args.out) / f"bad_batch.rank-{dist.rank}.json"
+            path.write_text(json.dumps({"step": step, "rollouts": [{"pid": r.pid, "g": r.g, "advantage": r.advantage,
+                                                                    "n_tokens": len(r.ids)} for r in rollouts]}))
+            common.die(f"step {step}: a loss or gradient is not finite ({stats}); the batch's ids are in {path}")
+        if k == 0:
+            refuse_gap(stats["logp_gap"], args, dist, f"step {step}, on its rollouts")
+            for r in rollouts:
+                r.logp_old = r.logp_new if args.updates_per_batch > 1 else None
+        interrupts.hold()                                    # from here to the end of the step: all or nothing
+        optimizer.step()
+        history.append(stats)
+    return {name: statistics.fmean(stats[name] for stats in history) for name in history[0]}
+
+
+# ------------------------------------------------------------------------------------------------- 7 sync and check
+
+def refuse_gap(gap: float, args, dist, where: str):
+    limit = args.max_logp_gap or (0.05 if dist.device.startswith("cuda") else 1e-4)
+    if not gap <= limit:
+        common.die(f"{where}: mean |log p(trainer) - log p(engine)| is {gap:.2g}, over --max-logp-gap {limit:g}: the engine draws "
+                   "from other weights, or from another distribution, than the trainer trains")
+
+
+@torch.no_grad()
+def check_sync(engine, policy, rollouts, step: int, args, dist) -> dict:
+    """Engine and trainer score the same tokens: a few rollouts of the step, cut in half, are continued by the engine.
+
+    It has read these very prefixes under the old weights, so a prefix cache that outlived the sync shows as a gap too.
+    """
+    members = rollouts[:CHECK_ROLLOUTS]
+    prefixes = [r.prompt_ids + r.ids[:len(r.ids) // 2] for r in members]
+    n_new = min([CHECK_TOKENS] + [args.max_response_tokens - len(r.ids) // 2 for r in members])
+    seeds = [common.request_seed(args.seed, "check", step, r.pid, r.g) for r in members]
+    drawn = dict(engine.generate(prefixes, seeds, args.temperature, 1.0, n_new))
+    drawn = [drawn[i] for i in range(len(members))]
+    pack = common.pack([(prefix + list(d.ids), len(prefix)) for prefix, d in zip(prefixes, drawn)], dist.device)
+    gap = (policy(pack) - torch.tensor([x for d in drawn for x in d.logp], device=dist.device)).abs()
+    numbers = torch.zeros(2 + dist.world, device=dist.device)
+    numbers[0], numbers[1], numbers[2 + dist.rank] = len(gap), gap.sum(), gap.max()
+    n, total, *largest = common.all_reduce_sum(numbers).tolist()
+    refuse_gap(total / n, args, dist, f"step {step}, after the weight sync")
+    return {"sync_gap_mean": total / n, "sync_gap_max": max(largest)}
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+def evaluate(engine, tokenizer, problems, args, dist) -> float:
+    """A small Pass@1: mean correctness of --eval-n samples of each problem, with the same sampling seeds every time."""
+    asked = [(problem, k) for problem in problems[dist.rank::dist.world] for k in range(args.eval_n)]
+    seeds = [common.request_seed(args.seed, "eval", problem["pid"], k) for problem, k in asked]
+    drawn = engine.generate([problem["prompt_ids"] for problem, _ in asked], seeds, 0.6, 0.95, args.max_response_tokens)
+    pairs = [(common.decode_response(tokenizer, d.ids), asked[i][0]["answer"]) for i, d in drawn]
+    n_correct = sum(verdict.correct is True for verdict in verifier.verify_many(pairs, workers=args.verify_workers))
+    counts = common.all_reduce_sum(torch.tensor([n_correct, len(pairs)], dtype=torch.float64, device=dist.device))
+    return float(counts[0] / counts[1])
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not between hold() and release(): a step is whole or never began."""
+
+    def __init__(self):
+        self.held = self.pending = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self)
+
+    def __call__(self, number, frame):
+        self.pending = True
+        if not self.held:
+            raise KeyboardInterrupt
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+        if self.pending:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def timed(seconds: dict, phase: str):
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def summary(rollouts, stats: dict, seconds: dict, args, dist) -> dict:
+    """The step's row of metrics.jsonl: numbers about the rollouts of all ranks, and the speed of each phase."""
+    gap = lambda r: 0.0 if r.logp_new is None else float((r.logp_new.cpu() - r.logp_engine).abs().max())
+    mine = [[r.reward, r.correct is None, r.finish == "length", r.advantage != 0, len(r.ids), len(r.prompt_ids), gap(r)]
+            for r in rollouts]
+    table = torch.zeros(args.prompts_per_step, args.rollouts, 7, dtype=torch.float64, device=dist.device)
+    table[dist.rank::dist.world] = torch.tensor(mine, dtype=torch.float64, device=dist.device).view(-1, args.rollouts, 7)
+    table = common.all_reduce_sum(table).cpu().numpy()
+    reward, unknown, cut, signals, length, prompt, gaps = table.transpose(2, 0, 1)                 # each [P, G]
+    row = {"reward": reward.mean(), "reward_unknown": unknown.mean(), "groups_uniform": 1 - signals.any(axis=1).mean(),
+           "groups_all_right": reward.all(axis=1).mean(), "truncated": cut.mean(), "response_tokens_mean": length.mean()}
+    row |= {f"response_tokens_{q}": np.quantile(length, x) for q, x in (("p10", .1), ("p50", .5), ("p90", .9), ("max", 1))}
+    row |= {"logp_gap_max": gaps.max(), **stats, "rollouts_per_second": length.size / seconds["rollout"]}
+    row |= {f"seconds_{phase}": s for phase, s in seconds.items()}
+    for phase, n in {"rollout": length, "verify": length, "reference": length + prompt, "update": length + prompt}.items():
+        row[f"tokens_per_second_{phase}"] = n.sum() / seconds[phase]
+    return {name: float(x) for name, x in row.items()}
+
+
+def main(argv=None):
+    args = config(argv)
+    dist, out = common.init_distributed(), Path(args.out)
+    say = print if dist.rank == 0 else lambda *a, **k: None
+    if args.prompts_per_step < dist.world:
+        common.die(f"--prompts-per-step {args.prompts_per_step} cannot be shared by {dist.world} ranks")
+    if dist.rank == 0:
+        common.start_output(out / "rollouts.jsonl", "rollouts", args, [args.problems], MAY_DIFFER)
+    if (out / "final" / "config.json").exists():
+        return say(f"{out / 'final'} is there: nothing to do")
+
+    tokenizer = common.load_tokenizer(args.model)
+    problems = usable_problems(args.problems, tokenizer, args, args.prompts_per_step, say)
+    answers = {problem["pid"]: problem["answer"] for problem in problems}
+    eval_problems = usable_problems(args.eval_problems, tokenizer, args, dist.world, say) if args.eval_every else []
+    n_steps = len(problems) // args.prompts_per_step * args.epochs
+    n_steps = min(n_steps, args.max_steps or n_steps)
+    longest = max(len(problem["prompt_ids"]) for problem in problems + eval_problems) + args.max_response_tokens
+    common.check_positions(common.load_config(args.model), longest, "the longest prompt with --max-response-tokens")
+    if longest > args.token_budget:
+        common.die(f"the longest prompt with --max-response-tokens has {longest} tokens, over --token-budget {args.token_budget}")
+
+    checkpoint = common.latest_checkpoint(out)
+    model = common.load_model(checkpoint or args.model, device=dist.device, trainable=True)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = common.distribute(Policy(model, args), dist, args.shard)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    done = common.load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
+    reference = common.load_model(args.model, device=dist.device) if args.kl_coef else None
+    engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device)
+    engine.sync(model)
+    save = lambda: common.save_checkpoint(out, f"step-{done:06d}", model, tokenizer, optimizer, args.keep, dist, step=done)
+    if dist.rank == 0:
+        metrics = common.Metrics(out, done, args, args.wandb, args.tensorboard)
+        rollout_log = common.step_log(out / "rollouts.jsonl", done)
+    say(f"{args.prompts_per_step} problems x {args.rollouts} rollouts a step, {n_steps} steps on {dist.world} x {dist.device}"
+        + (f"; going on after step {done} ({checkpoint})" if checkpoint else ""), flush=True)
+
+    interrupts = Interrupts()
+    try:
+        for step in range(done + 1, n_steps + 1):
+            began, seconds = time.perf_counter(), {}
+            chosen = [problems[i] for i in prompts_of_step(len(problems), args.prompts_per_step, args.seed, step)]
+            chosen = chosen[dist.rank::dist.world]
+            with timed(seconds, "rollout"), tqdm(total=len(chosen) * args.rollouts, desc=f"step {step}", unit=" rollouts",
+                                                 leave=False, disable=True if dist.rank else None) as bar:
+                rollouts = draw_rollouts(engine, tokenizer, chosen, step, args, bar)
+            with ThreadPoolExecutor(1) as pool:              # the verifier's processes work while the reference scores
+                rewards = pool.submit(timed(seconds, "verify")(give_rewards), rollouts, answers, args)
+                with timed(seconds, "reference"):
+                    if reference:
+                        reference_logprobs(reference, rollouts, args, dist.device)
+                rewards.result()
+            give_advantages(rollouts, args)
+            with timed(seconds, "update"):
+                weights = token_weights(rollouts, args, dist.device)
+                stats = update(policy, optimizer, rollouts, weights, step, args, dist, interrupts)
+            with timed(seconds, "sync"):
+                engine.sync(model)
+                stats |= check_sync(engine, policy, rollouts, step, args, dist)
+            done = step
+            if args.eval_every and step % args.eval_every == 0:
+                with timed(seconds, "eval"):
+                    stats["eval_pass1"] = evaluate(engine, tokenizer, eval_problems, args, dist)
+
+            row = {"step": step, "epoch": step * args.prompts_per_step / len(problems), "lr": args.lr,
+                   **summary(rollouts, stats, seconds, args, dist), "seconds": time.perf_counter() - began}
+            if dist.rank == 0:
+                metrics.log(row)
+                for r in rollouts[:args.log_rollouts]:
+                    rollout_log.write({
+                        "step": step, "pid": r.pid, "g": r.g, "response": r.response, "n_tokens": len(r.ids), "finish": r.finish,
+                        "reward": r.reward, "status": r.status, "advantage": r.advantage,
+                        "logp_gap": None if r.logp_new is None else float((r.logp_new.cpu() - r.logp_engine).abs().mean())})
+            say(f"step {step}/{n_steps} reward {row['reward']:.3f} no-signal {row['groups_uniform']:.2f} cut {row['truncated']:.2f} "
+                f"tokens {row['response_tokens_mean']:.0f} entropy {row['entropy']:.3f} kl {row['kl']:.4f} "
+                f"gnorm {row['grad_norm']:.2f} gap {row['sync_gap_mean']:.0e} "
+                + (f"pass@1 {row['eval_pass1']:.3f} " if "eval_pass1" in row else "")
+                + f"{row['seconds']:.1f} s ({' '.join(f'{phase} {s:.1f}' for phase, s in seconds.items())})", flush=True)
+            if step % args.save_every == 0 and step < n_steps:
+                save()
+            interrupts.release()
+    except KeyboardInterrupt:
+        save()
+        say(f"stopped; step {done} is saved in {out}, the same command goes on from there")
+        raise SystemExit(130)
+    common.save_checkpoint(out, "final", model, tokenizer, dist=dist)
+    say(f"done: {out / 'final'} after {n_steps} steps")
+
+
+if __name__ == "__main__":
+    main()
