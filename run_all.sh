@@ -34,7 +34,7 @@ eval "$(python common.py run-section "$recipe")"     # arms, rlvr_arms, benchmar
 seeds="${seeds:-$n_seeds}"
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
 NPROC="${NPROC:-$GPUS}"                              # ranks on this node: a card each; NPROC=2 tries two ranks on a CPU
-run="runs/$(basename "$recipe" .toml)"
+run="${RUNS:-runs}/$(basename "$recipe" .toml)"
 mkdir -p "$run/logs"
 [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1        # one thread per process beats two, on two cores
 export TOKENIZERS_PARALLELISM=false
@@ -110,7 +110,7 @@ for ((i = 0; i < seeds; i++)); do
   # 1 data: problems, teacher traces, benchmarks
   if [ "$world" != none ]; then
     base="toy/$world_base"
-    step "$s/world" python toy/world.py --world "$world" --out "$data" --seed "$seed"
+    step "$s/world" python toy/world.py --world "$world" --out "$data" --seed "$seed" "${world_args[@]}"
     step "$s/teacher" python 01_sample.py teacher --recipe "$recipe" --source "$data/teacher_source.jsonl" --out "$data/teacher.jsonl"
   else
     base="$run/base"
