@@ -1,0 +1,465 @@
+"""Stage 5: evaluate a checkpoint. Pass@1, Pass@k for every k, policy entropy, each with its interval.
+
+    python 05_eval.py --model runs/x/sft --problems data/aime24.jsonl data/math500.jsonl --n 128 --out runs/x/eval
+    torchrun --nproc-per-node 8 -- 05_eval.py --model … --problems … --n 128 --out …    (`--`, or torchrun trips over --n)
+    python 05_eval.py --regrade --problems data/aime24.jsonl --out runs/x/eval       grade the stored responses again
+    python 05_eval.py --show 3 --problems data/aime24.jsonl --out runs/x/eval        read three of them
+
+For each benchmark BENCH (the name of its problems file) in --out:
+
+    BENCH.jsonl           one row a response: pid, k, seed, response, n_tokens, finish, predicted, correct, status
+    BENCH.entropy.jsonl   mean token entropy of the policy on its own samples, per problem
+    BENCH.problems.jsonl  one row a problem: what the paired comparisons of report.py are made from
+    results.json          everything that is printed, and Pass@k for all k; names are defined in docs/METRICS.md
+
+Three passes, each of which goes on where it stopped: generate (rows are appended as they finish), measure entropy,
+grade. The seed of a response is a function of (--seed, pid, k), so neither a restart nor the number of ranks changes
+any of them; at the end the rows are sorted, so the files are a function of the set. Grading works on stored text only,
+which is why it can be done again.
+
+Deliberate simplifications
+- A response that could not be judged (correct null) counts as not correct in Pass@k, and is shown in its own column.
+- Entropy is taken at temperature 1 without top-p, the model's own distribution, on samples drawn at --temperature and
+  --top-p. Every problem weighs alike, as in Pass@1; `entropy_per_token` in results.json weighs every token alike.
+- Intervals are over problems: they say how far another draw of problems of this kind might move the number. The spread
+  over training seeds needs several runs: report.py.
+- The responses of one benchmark are held in memory for grading (128 x 500 long ones: about 2 GB).
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common as c
+import verifier
+
+UNGRADED = "ungraded"          # status of a row between generation and grading
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def parse(argv=None):
+    p = c.make_parser(__doc__)
+    p.add_argument("--model", help="checkpoint; not needed to grade again or to look at stored responses")
+    p.add_argument("--problems", nargs="+", required=True, help="one problems.jsonl a benchmark: pid, problem, answer")
+    p.add_argument("--out", required=True, help="directory of the results; continued if it holds some")
+    p.add_argument("--n", type=int, default=32, help="samples a problem")
+    p.add_argument("--temperature", type=float, default=0.6, help="of sampling (0: greedy)")
+    p.add_argument("--top-p", type=float, default=0.95, help="of sampling")
+    p.add_argument("--max-tokens", type=int, default=32768, help="a response is cut here")
+    p.add_argument("--seed", type=int, default=42, help="of sampling")
+    p.add_argument("--engine", choices=["auto", "vllm", "hf"], default="auto", help="auto: vLLM on a GPU if installed")
+    p.add_argument("--entropy-samples", type=int, default=4, help="samples a problem to measure entropy on (0: none)")
+    p.add_argument("--token-budget", type=int, default=32768, help="tokens of a pack while entropy is measured")
+    p.add_argument("--verify-workers", type=int, default=os.cpu_count(), help="processes that grade")
+    p.add_argument("--regrade", action="store_true", help="grade the stored responses again, list what changed")
+    p.add_argument("--second-grader", choices=["math-verify"], help="grade with this too and list the disagreements")
+    p.add_argument("--show", type=int, default=0, metavar="N", help="print N random responses of each benchmark")
+    p.add_argument("--show-pid", nargs="*", default=[], metavar="PID", help="with --show: only of these problems")
+    return c.parse_args(p, "eval", argv)
+
+
+# ------------------------------------------------------------------------------------------------------- benchmarks
+
+
+class Benchmark:
+    """A set of problems and where its rows are kept."""
+
+    def __init__(self, path, out):
+        self.source, self.name = Path(path), Path(path).name.removesuffix(".jsonl")
+        self.problems = list(c.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)}))
+        self.pids = [row["pid"] for row in self.problems]
+        repeated = [pid for pid, times in Counter(self.pids).items() if times > 1]
+        if repeated:
+            c.die(f"{path}: pid {repeated[0]} appears more than once")
+        self.answers = {row["pid"]: row["answer"] for row in self.problems}
+        self.rows, self.entropy = Path(out) / f"{self.name}.jsonl", Path(out) / f"{self.name}.entropy.jsonl"
+
+    def sorted_rows(self):
+        """Stored rows, each key once, in the order of the problems file and then of k."""
+        place = {pid: i for i, pid in enumerate(self.pids)}
+        rows = {(row["pid"], row["k"]): row for row in c.read_jsonl(self.rows, {"pid": str, "k": int, "response": str})}
+        strange = [pid for pid, _ in rows if pid not in place]
+        if strange:
+            c.die(f"{self.rows} has responses to problem {strange[0]}, which {self.source} has not")
+        return [rows[key] for key in sorted(rows, key=lambda key: (place[key[0]], key[1]))]
+
+
+def part_path(path, rank: int):
+    """Where a rank appends while others append elsewhere."""
+    return path.with_name(path.name.removesuffix(".jsonl") + f".rank{rank}.jsonl")
+
+
+def merge_parts(path, key):
+    """Move the rows of every rank's part into `path` (rank 0, while nobody writes); a key is taken once."""
+    parts = sorted(path.parent.glob(path.name.removesuffix(".jsonl") + ".rank*.jsonl"))
+    if not parts:
+        return
+    have, whole = c.append_jsonl(path, key)
+    with whole:
+        for part in parts:
+            c.append_jsonl(part, key)[1].close()                              # cuts off a half-written last line
+            for row in c.read_jsonl(part) if part.stat().st_size else ():
+                row_key = tuple(row[name] for name in key)
+                if row_key not in have:
+                    have.add(row_key)
+                    whole.write(row)
+            part.unlink()
+
+
+def stored_keys(path, key):
+    if not path.exists() or not path.stat().st_size:
+        return set()
+    return {tuple(row[name] for name in key) for row in c.read_jsonl(path)}
+
+
+# ------------------------------------------------------------------------------------------------------ 1. generate
+
+
+def missing_samples(bench, args):
+    """[(problem row, k)] still to be drawn."""
+    have = stored_keys(bench.rows, ("pid", "k"))
+    if any(k >= args.n for _, k in have):
+        c.die(f"{bench.rows} holds {max(k for _, k in have) + 1} samples a problem, more than --n {args.n}: "
+              "give that --n, or another --out")
+    return [(row, k) for row in bench.problems for k in range(args.n) if (row["pid"], k) not in have]
+
+
+def generate(benches, missing, args, dist):
+    """Draw this rank's share of the missing samples of all benchmarks in one stream, so that the engine runs dry once.
+
+    A row keeps its token ids where entropy will be measured: a text does not always encode to the tokens it came from.
+    """
+    tokenizer = c.load_tokenizer(args.model)
+    requests = [(bench, row, k) for bench in benches for row, k in missing[bench.name]][dist.rank::dist.world]
+    if not requests:
+        return
+    prompts = {row["pid"]: c.render_prompt(tokenizer, row["problem"]) for _, row, _ in requests}
+    from engines import make_engine
+    longest = max(map(len, prompts.values())) + args.max_tokens
+    engine = make_engine(args.engine, args.model, longest, device=dist.device)
+    writers = {bench.name: c.append_jsonl(part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
+    seeds = [c.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
+    with tqdm(total=len(requests), desc="generate", unit="resp", disable=dist.rank > 0, mininterval=2) as progress:
+        for i, done in engine.generate([prompts[row["pid"]] for _, row, _ in requests], seeds, args.temperature,
+                                       args.top_p, args.max_tokens, progress=progress):
+            bench, row, k = requests[i]
+            kept = {"ids": list(map(int, done.ids))} if k < args.entropy_samples else {}
+            writers[bench.name].write({
+                "pid": row["pid"], "k": k, "seed": seeds[i], "response": c.decode_response(tokenizer, done.ids),
+                "n_tokens": len(done.ids), "finish": done.finish,
+                "predicted": None, "correct": None, "status": UNGRADED, **kept})
+    for writer in writers.values():
+        writer.close()
+
+
+# ------------------------------------------------------------------------------------------------------- 2. entropy
+
+
+@torch.no_grad()
+def measure_entropy(bench, model, tokenizer, args, dist):
+    """Mean token entropy (nats, temperature 1) over the first --entropy-samples responses of each problem.
+
+    The unit of work is a problem, packed alone, so that no bit depends on its neighbours or on a restart.
+    """
+    have = stored_keys(bench.entropy, ("pid",))
+    todo = [row for row in bench.problems if (row["pid"],) not in have][dist.rank::dist.world]
+    samples = {row["pid"]: [] for row in todo}
+    for row in c.read_jsonl(bench.rows):
+        if row["pid"] in samples and row["k"] < args.entropy_samples:
+            samples[row["pid"]].append((row["k"], row["ids"]))
+    with c.append_jsonl(part_path(bench.entropy, dist.rank), ("pid",))[1] as writer:
+        for row in tqdm(todo, desc=f"entropy {bench.name}", unit="problem", disable=dist.rank > 0, mininterval=2):
+            prompt = c.render_prompt(tokenizer, row["problem"])
+            sequences = [(prompt + ids, len(prompt)) for _, ids in sorted(samples[row["pid"]])]
+            lengths = [len(ids) for ids, _ in sequences]
+            total, n_tokens = 0.0, 0
+            for indices in c.plan_packs(lengths, max(args.token_budget, *lengths))[0]:
+                _, entropy = c.token_logprobs(model, c.pack([sequences[i] for i in indices], dist.device), entropy=True)
+                total, n_tokens = total + entropy.double().sum().item(), n_tokens + len(entropy)
+            writer.write({"pid": row["pid"], "entropy": total / n_tokens, "n_entropy_tokens": n_tokens})
+
+
+def sorted_entropy(bench):
+    """Stored entropies by problem, in the order of the problems file; {} if none were measured."""
+    if not bench.entropy.exists():
+        return {}
+    stored = {row["pid"]: row for row in c.read_jsonl(bench.entropy)}
+    stored = {pid: stored[pid] for pid in bench.pids}
+    with c.replace_file(bench.entropy) as file:
+        file.writelines(json.dumps(row) + "\n" for row in stored.values())
+    return stored
+
+
+# --------------------------------------------------------------------------------------------------------- 3. grade
+
+
+def grade(bench, args):
+    """Grade the ungraded rows (all with --regrade), write all back sorted. -> rows, [(before, after)] of changed ones."""
+    rows, changed = bench.sorted_rows(), []
+    todo = [i for i, row in enumerate(rows) if args.regrade or row["status"] == UNGRADED]
+    verdicts = verifier.verify_many([(rows[i]["response"], bench.answers[rows[i]["pid"]]) for i in todo],
+                                    workers=args.verify_workers) if todo else []
+    for i, verdict in zip(todo, verdicts, strict=True):
+        old = dict(rows[i])
+        rows[i].update(predicted=verdict.predicted, correct=verdict.correct, status=verdict.status)
+        if old["status"] != UNGRADED and any(old[name] != rows[i][name] for name in ("predicted", "correct", "status")):
+            changed.append((old, rows[i]))
+    with c.replace_file(bench.rows) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return rows, changed
+
+
+def math_verify_grader():
+    """(response, answer) -> bool by Hugging Face's math-verify: the last word of other people's graders."""
+    try:
+        from math_verify import parse as parse_math, verify as verify_math
+    except ImportError:
+        c.die("--second-grader math-verify needs the package 'math-verify': pip install 'math-verify[antlr4_13_2]'")
+
+    def judge(response, answer):
+        predicted = parse_math(response.rsplit("</think>", 1)[1]) if "</think>" in response else []
+        golds = [answer] if isinstance(answer, str) else answer
+        return any(verify_math(parse_math(f"\\boxed{{{gold}}}"), predicted) for gold in golds)
+
+    return judge
+
+
+def second_opinion(bench, rows, judge, out):
+    """Write and count the responses on which a second grader decides otherwise; unknown ones are not compared."""
+    differing = []
+    for row in tqdm(rows, desc=f"second grader {bench.name}", unit="resp", mininterval=2):
+        if row["correct"] is not None:
+            second = judge(row["response"], bench.answers[row["pid"]])
+            if second != row["correct"]:
+                differing.append({"pid": row["pid"], "k": row["k"], "answer": bench.answers[row["pid"]],
+                                  "predicted": row["predicted"], "correct": row["correct"], "second": second})
+    path = out / f"{bench.name}.disagreements.jsonl"
+    with c.replace_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in differing)
+    print(f"{bench.name}: the second grader disagrees on {len(differing)} of {len(rows)} responses; listed in {path}")
+    for row in differing[:10]:
+        print(f"    {row['pid']} k={row['k']}: answer {row['answer']!r}, predicted {row['predicted']!r}, "
+              f"here {row['correct']}, there {row['second']}")
+    return len(differing)
+
+
+# ----------------------------------------------------------------------------------------------------- 4. summarise
+
+
+def problem_table(bench, rows, entropy: dict):
+    """One row a problem, in the order of the problems file."""
+    grouped = {pid: [] for pid in bench.pids}
+    for row in rows:
+        grouped[row["pid"]].append(row)
+    return [{
+        "pid": pid, "n": len(mine),
+        "n_correct": sum(row["correct"] is True for row in mine),
+        "n_unknown": sum(row["correct"] is None for row in mine),
+        "n_truncated": sum(row["finish"] == "length" for row in mine),
+        "n_no_answer": sum(row["predicted"] is None and row["correct"] is False for row in mine),
+        "n_distinct": len({row["response"] for row in mine}),
+        "mean_tokens": sum(row["n_tokens"] for row in mine) / len(mine),
+        "entropy": entropy[pid]["entropy"] if entropy else None,
+        "n_entropy_tokens": entropy[pid]["n_entropy_tokens"] if entropy else 0,
+    } for pid, mine in grouped.items()]
+
+
+def interval(values):
+    """[P] per-problem values -> {value, low, high}: the mean over problems and its 95 % bootstrap interval."""
+    mean, low, high = c.bootstrap([[np.asarray(values, dtype=float)[:, None]]])
+    return {"value": mean[0], "low": low[0], "high": high[0]}
+
+
+def clip(x):
+    """A share stays in [0, 1]: the stretched percentile interval may reach over."""
+    return np.clip(x, 0.0, 1.0).tolist()
+
+
+def summarise(rows, table):
+    """The results of one benchmark; every name is defined in docs/METRICS.md."""
+    n, n_responses = table[0]["n"], len(rows)
+    mean, low, high = c.bootstrap([[np.stack([c.pass_curve(row["n"], row["n_correct"]) for row in table])]])
+    curve = {"k": list(range(1, n + 1)), "value": mean.tolist(), "low": clip(low), "high": clip(high)}
+    lengths = np.array([row["n_tokens"] for row in rows])
+    edges = np.unique(np.round(np.geomspace(1, max(lengths.max() + 1, 2), 41)).astype(int))
+    rate = lambda name: sum(row[name] for row in table) / n_responses
+    result = {
+        "n_problems": len(table), "n_samples": n, "n_responses": n_responses,
+        "pass_at_1": {name: curve[name][0] for name in ("value", "low", "high")},
+        "pass_at_n": {name: curve[name][-1] for name in ("value", "low", "high")},
+        "pass_at_k": curve,
+        "entropy": None, "entropy_per_token": None,
+        "unknown_rate": rate("n_unknown"), "truncation_rate": rate("n_truncated"),
+        "no_answer_rate": rate("n_no_answer"), "duplicate_rate": 1 - rate("n_distinct"),
+        "mean_tokens": float(lengths.mean()),
+        "token_quantiles": {str(q): float(np.quantile(lengths, q)) for q in QUANTILES},
+        "length_histogram": {"edges": edges.tolist(), "counts": np.histogram(lengths, bins=edges)[0].tolist()},
+        "statuses": dict(sorted(Counter(row["status"] for row in rows).items())),
+    }
+    if table[0]["entropy"] is not None:
+        weights = [row["n_entropy_tokens"] for row in table]
+        result["entropy"] = interval([row["entropy"] for row in table])
+        result["entropy_per_token"] = float(np.average([row["entropy"] for row in table], weights=weights))
+    return result
+
+
+def print_table(results):
+    """The results, a line a benchmark: intervals and the number of problems beside each number."""
+    show = lambda x: "–" if x is None else f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
+    print(f"\n{results['model']}  ·  temperature {results['temperature']}, top-p {results['top_p']}, at most "
+          f"{results['max_tokens']} tokens  ·  grader {results['grader']}")
+    head = ("benchmark", "problems", "n", "Pass@1 [95 %]", "Pass@n [95 %]", "entropy, nats [95 %]",
+            "unknown", "cut", "no answer", "repeated", "tokens")
+    rates = ("unknown_rate", "truncation_rate", "no_answer_rate", "duplicate_rate")
+    body = [(name, str(b["n_problems"]), str(b["n_samples"]), show(b["pass_at_1"]), show(b["pass_at_n"]),
+             show(b["entropy"]), *(f"{b[key]:.1%}" for key in rates), f"{b['mean_tokens']:.0f}")
+            for name, b in results["benchmarks"].items()]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    for line in [head, *body]:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))))
+
+
+def show_responses(bench, rows, args):
+    """N responses to read: random (by --seed), or of the chosen problems. Control characters are made visible: the text
+    of a model must not be able to drive the terminal."""
+    chosen = [row for row in rows if not args.show_pid or row["pid"] in args.show_pid]
+    chosen = random.Random(args.seed).sample(chosen, min(args.show, len(chosen)))
+    plain = lambda text: re.sub(r"[^\x20-\x7e\n]", lambda m: m[0] if m[0].isprintable() else repr(m[0])[1:-1], text)
+    text_of = {row["pid"]: row["problem"] for row in bench.problems}
+    for row in chosen:
+        verdict = {True: "correct", False: "wrong", None: "unknown"}[row["correct"]]
+        response = plain(row["response"])
+        if len(response) > 1600:
+            response = f"{response[:800]}\n    … {len(response) - 1600} characters …\n{response[-800:]}"
+        print(f"\n──── {bench.name} · {row['pid']} · k={row['k']} · {verdict} ({row['status']}) · predicted "
+              f"{plain(str(row['predicted']))} · answer {plain(str(bench.answers[row['pid']]))} · {row['n_tokens']} "
+              f"tokens, finish {row['finish']}\n{plain(text_of[row['pid']])}\n····\n{response}")
+
+
+def finish(benches, args, out, seconds):
+    """Rank 0, at the end: grade, write tables and results.json, print."""
+    if args.second_grader:
+        judge = math_verify_grader()
+    results_path = out / "results.json"
+    results = json.loads(results_path.read_text()) if results_path.exists() else {"benchmarks": {}}
+    for bench in benches:
+        rows, changed = grade(bench, args)
+        table = problem_table(bench, rows, sorted_entropy(bench))
+        uneven = [row["pid"] for row in table if row["n"] != table[0]["n"]]
+        if uneven:
+            c.die(f"{bench.rows} lacks responses to problem {uneven[0]}: complete it with --model")
+        with c.replace_file(out / f"{bench.name}.problems.jsonl") as file:
+            file.writelines(json.dumps(row) + "\n" for row in table)
+        made = c.read_meta(bench.rows)["args"]                               # the settings that drew the responses
+        c.write_meta(bench.rows, "eval", argparse.Namespace(**made), [bench.source, *weight_files(made["model"])],
+                     rows=len(rows), model=made["model"], seed=made["seed"], grader=grader_name(),
+                     regraded=args.regrade)
+        result = summarise(rows, table)
+        if args.regrade:
+            print(f"{bench.name}: {len(changed)} of {len(rows)} verdicts changed")
+            for before, after in changed:
+                print(f"    {after['pid']} k={after['k']}: {before['correct']} ({before['status']}, "
+                      f"{before['predicted']!r}) -> {after['correct']} ({after['status']}, {after['predicted']!r})")
+        if args.second_grader:
+            result["second_grader_disagreements"] = second_opinion(bench, rows, judge, out)
+        results["benchmarks"][bench.name] = result
+        if args.show:
+            show_responses(bench, rows, args)
+    results = {"schema": "results", "schema_version": c.SCHEMA_VERSION, "grader": grader_name(),
+               **{name: made[name] for name in ("model", "temperature", "top_p", "max_tokens", "seed", "engine")},
+               "seconds": {name: results.get("seconds", {}).get(name, 0) + seconds.get(name, 0)
+                           for name in ("generate", "entropy")},
+               "benchmarks": dict(sorted(results["benchmarks"].items()))}
+    with c.replace_file(results_path) as file:
+        json.dump(results, file, indent=1)
+    print_table(results)
+    print(f"results: {results_path}")
+
+
+def grader_name():
+    """Verdicts are only comparable under one grader, so it is named by its source."""
+    return f"verifier.py sha256:{c.sha256_file(verifier.__file__)[:12]}"
+
+
+def weight_files(model):
+    return sorted(Path(c.model_dir(model)).glob("*.safetensors")) if Path(model).exists() else []
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.n < 1 or args.max_tokens < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
+        c.die("--n and --max-tokens must be at least 1, --top-p in (0, 1], --temperature at least 0")
+    args.entropy_samples = min(args.entropy_samples, args.n)
+    out = Path(args.out)
+    benches = [Benchmark(path, out) for path in args.problems]
+    if len({bench.name for bench in benches}) < len(benches):
+        c.die("two --problems files have the same name, so their results would overwrite each other")
+    dist, seconds = c.init_distributed(), {}
+    if dist.rank == 0:
+        for bench in benches:
+            merge_parts(bench.rows, ("pid", "k"))
+            merge_parts(bench.entropy, ("pid",))
+    c.barrier()
+    if args.regrade:
+        for bench in benches:
+            if not bench.rows.exists():
+                c.die(f"{bench.rows} does not exist: there is nothing to grade again")
+    else:
+        seconds = draw_and_measure(benches, args, dist)
+    if dist.rank == 0:
+        finish(benches, args, out, seconds)
+    c.barrier()
+
+
+def draw_and_measure(benches, args, dist):
+    """The passes that need a model, where something is missing. -> seconds of each pass that ran."""
+    seconds = {}
+    missing = {bench.name: missing_samples(bench, args) for bench in benches}
+    n_missing = sum(map(len, missing.values()))
+    unmeasured = [bench for bench in benches if args.entropy_samples
+                  and len(stored_keys(bench.entropy, ("pid",))) < len(bench.pids)]
+    if args.model is None:
+        if n_missing or unmeasured:
+            c.die(f"--model is needed: {n_missing} responses are still to be drawn, entropy is missing on "
+                  f"{len(unmeasured)} benchmarks")
+        return seconds
+    if dist.rank == 0:
+        for bench in benches:
+            c.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(
+                "problems", "n", "token_budget", "verify_workers", "regrade", "second_grader", "show", "show_pid"))
+    c.barrier()
+    start = time.time()
+    if n_missing:
+        generate(benches, missing, args, dist)
+        c.barrier()
+        if dist.rank == 0:
+            for bench in benches:
+                merge_parts(bench.rows, ("pid", "k"))
+        c.barrier()
+        seconds["generate"] = time.time() - start
+    if unmeasured:
+        start = time.time()
+        dtype = torch.bfloat16 if dist.device.startswith("cuda") else torch.float32
+        model = c.load_model(args.model, dtype, dist.device)
+        tokenizer = c.load_tokenizer(args.model)
+        for bench in unmeasured:
+            measure_entropy(bench, model, tokenizer, args, dist)
+        c.barrier()
+        if dist.rank == 0:
+            for bench in unmeasured:
+                merge_parts(bench.entropy, ("pid",))
+        seconds["entropy"] = time.time() - start
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
