@@ -49,8 +49,8 @@ def config(argv=None):
     add("--normalize", choices=["sequence", "token"], default="sequence",
         help="'sequence': mean over sequences of their token means (paper); 'token': mean over all tokens")
     add("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine to 0")
-    add("--weight-decay", type=float, default=0.1, help="AdamW, on matrices only (norms and biases are not decayed)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--weight-decay", type=float, default=0.1, help="AdamW, on every parameter")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     add("--max-tokens", type=int, default=32768, help="sequences (prompt + response) of this many tokens or more are dropped")
     add("--token-budget", type=int, default=32768, help="tokens in a micro-batch on one card")
     add("--seed", type=int, default=42, help="order of the data")
@@ -197,14 +197,6 @@ def learning_rate(step: int, n_steps: int, args) -> float:
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, n_steps - warmup)))
 
 
-def make_optimizer(model, args):
-    """AdamW over float32 master weights, beta (0.9, 0.95)."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-
-
 def run_pack(module, data, rows, weights, dist, last: bool) -> torch.Tensor:
     """Forward and backward of one pack; returns its sums [6]. A rank without rows runs a stand-in of weight 0 so that the
     ranks' collectives match."""
@@ -274,7 +266,8 @@ def train(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = common.distribute(OxaLoss(model, args.ul_weight, args.ul_clamp), dist, args.shard)
-    optimizer = make_optimizer(model, args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=True)                        # over float32 master weights
     step = common.load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
     longest_pack_first(module, data, args, dist)
     if dist.rank == 0:
@@ -294,7 +287,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = training_step(module, data, batch, args, dist)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
         ce, ul, entropy_ce, entropy_ul, n_ce, n_ul = sums.tolist()
         if not math.isfinite(ce + ul + grad_norm):

@@ -1,14 +1,14 @@
 """Stage 4: reinforcement learning with verifiable rewards (GRPO), from a checkpoint to a checkpoint.
 
 One step, a function each, in this order:
-    1 prompts_of_step      P problems, a pure function of (seed, step)
-    2 draw_rollouts        G responses to each from the engine, and the log-prob of every token when it was drawn
-    3 give_rewards         1 if the text after </think> verifies, else 0: in worker processes, while
-      reference_logprobs   scores the same tokens under the starting model, for the KL term
-    4 give_advantages      each reward against those of its group
-    5 token_weights        the loss normalisation: what one token of each rollout counts
-    6 update               policy_loss over packed micro-batches, gradient, AdamW
-    7 sync, check_sync     the weights go into the engine, then both sides score the same tokens
+    prompts_of_step      P problems, a pure function of (seed, step)
+    draw_rollouts        G responses to each from the engine, and the log-prob of every token when it was drawn
+    give_rewards         1 if the text after </think> verifies, else 0: in worker processes, while
+    reference_logprobs   scores the same tokens under the starting model, for the KL term
+    give_advantages      each reward against those of its group
+    give_weights         the loss normalisation: what one token of each rollout counts
+    update               policy_loss over packed micro-batches, gradient, AdamW
+    sync, check_sync     the weights go into the engine, then both sides score the same tokens
 
 With one update per batch the policy that is trained is the one that sampled: its ratio is exp(0) = 1 and no pass of an "old"
 policy is made. With more, the forward pass of the first update gives the old log-probs.
@@ -22,8 +22,8 @@ Deliberate simplifications
     python 04_rlvr.py --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr                       one process (CPU or one card)
     torchrun --nproc_per_node 8 04_rlvr.py --recipe recipes/paper_1.5b.toml --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr
 
-Writes OUT/final (the model), OUT/step-* (checkpoints), OUT/metrics.jsonl (names: docs/METRICS.md), OUT/rollouts.jsonl (a sample of
-each step) and its .meta.json. Run it again to go on from the newest checkpoint, bit for bit on a CPU; Ctrl-C saves one first.
+Writes OUT/final (the model), OUT/step-* (checkpoints), OUT/metrics.jsonl (docs/METRICS.md) and OUT/rollouts.jsonl (a sample of
+each step). Run it again to go on from the newest checkpoint, bit for bit on a CPU; Ctrl-C saves the last whole step first.
 """
 
 import contextlib
@@ -43,8 +43,6 @@ from tqdm import tqdm
 import common
 import engines
 import verifier
-
-# --------------------------------------------------------------------------------------------------- configuration
 
 CHECK_ROLLOUTS, CHECK_TOKENS = 4, 8     # the check after a weight sync: so many prefixes, each continued by so many tokens
 KL_D_MAX, KL_MAX = 20.0, 10.0           # clamps of the KL estimate: d before exp, and the estimate itself (as verl does)
@@ -69,7 +67,7 @@ def config(argv=None):
     add("--overlong", default="keep", choices=["keep", "mask", "zero"],
         help="a cut response is graded like any other, or leaves the loss (DAPO), or has reward 0")
     add("--advantage", default="grpo", choices=["grpo", "dr_grpo", "rloo"], help="formulas: give_advantages in this file")
-    add("--normalize", default="token", choices=["token", "sequence", "constant"], help="formulas: token_weights")
+    add("--normalize", default="token", choices=["token", "sequence", "constant"], help="formulas: give_weights")
     add("--skip-uniform-groups", action="store_true", help="groups without signal leave the loss, their KL too")
     add("--clip-low", type=float, default=0.2, help="the ratio is clipped below at 1 - this")
     add("--clip-high", type=float, default=0.2, help="the ratio is clipped above at 1 + this")
@@ -119,28 +117,31 @@ class Rollout:
     correct: bool | None = None             # None: the verifier could not tell
     status: str = ""
     advantage: float = 0.0
+    weight: float = 0.0                     # of each of its tokens in the loss
     logp_ref: torch.Tensor | None = None    # [L] under the starting model
     logp_new: torch.Tensor | None = None    # [L] under the policy, from the newest pass (None: not in the loss)
     logp_old: torch.Tensor | None = None    # [L] under the policy that sampled, kept for second and later updates
 
+    def gap(self):
+        """|log p(trainer) - log p(engine)| [L], zeros if the rollout is not in the loss."""
+        return (self.logp_engine - (self.logp_engine if self.logp_new is None else self.logp_new.cpu())).abs()
 
-# -------------------------------------------------------------------------------------------------------- 1 prompts
 
 def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
-    """Problems whose prompt fits and whose gold answer, given as a response, verifies; the others are counted and printed.
+    """Problems whose prompt fits and whose gold answer can be judged by; the others are counted and printed.
 
-    A gold that cannot be parsed would make every verdict on its problem unknown, and the problem a silent zero.
+    A gold that cannot be parsed (another answer than itself is then unknown, not wrong), or that does not verify as its own
+    response, would make the problem a silent zero.
     """
     rows = {row["pid"]: dict(row, prompt_ids=common.render_prompt(tokenizer, row["problem"]))
             for row in common.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)})}
     fitting = [row for row in rows.values() if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     golds = [row["answer"] if isinstance(row["answer"], str) else row["answer"][0] for row in fitting]
-    verdicts = verifier.verify_many([(f"</think>\\boxed{{{gold}}}", row["answer"]) for gold, row in zip(golds, fitting)],
-                                    workers=args.verify_workers)
-    kept = [row for row, verdict in zip(fitting, verdicts) if verdict.correct]
-    refused = [f"{row['pid']} ({verdict.status})" for row, verdict in zip(fitting, verdicts) if not verdict.correct]
-    say(f"{path}: {len(rows)} problems; dropped: {len(rows) - len(fitting)} with a prompt over {args.max_prompt_tokens} tokens, "
-        f"{len(refused)} whose gold answer does not verify {' '.join(refused[:5])}; {len(kept)} are used")
+    itself, other = (verifier.verify_many([(f"</think>\\boxed{{{text}}}", row["answer"]) for text, row in zip(texts, fitting)],
+                                          workers=args.verify_workers) for texts in (golds, ["0"] * len(fitting)))
+    kept = [row for row, a, b in zip(fitting, itself, other) if a.correct and b.correct is not None]
+    say(f"{path}: {len(rows)} problems, {len(rows) - len(fitting)} dropped with a prompt over {args.max_prompt_tokens} tokens, "
+        f"{len(fitting) - len(kept)} dropped with a gold answer that cannot be parsed; {len(kept)} are used")
     if len(kept) < at_least:
         common.die(f"{path}: {len(kept)} usable problems, at least {at_least} are needed")
     return kept
@@ -152,8 +153,6 @@ def prompts_of_step(n_problems: int, prompts_per_step: int, seed: int, step: int
     order = np.random.default_rng([seed, epoch]).permutation(n_problems)
     return order[i * prompts_per_step:(i + 1) * prompts_per_step].tolist()
 
-
-# ------------------------------------------------------------------------------------------------------- 2 rollouts
 
 def draw_rollouts(engine, tokenizer, problems, step: int, args, progress=None) -> list[Rollout]:
     """G rollouts of each problem, in order; the sampling seed of each is a function of (seed, step, pid, g) alone."""
@@ -168,8 +167,6 @@ def draw_rollouts(engine, tokenizer, problems, step: int, args, progress=None) -
     return rollouts
 
 
-# ------------------------------------------------------------------------------ 3 rewards and reference, side by side
-
 def give_rewards(rollouts, answers: dict, args):
     """Reward 1 for a response that verifies against the answer of its own pid, else 0.
 
@@ -181,27 +178,28 @@ def give_rewards(rollouts, answers: dict, args):
         r.reward = float(r.correct is True and not (args.overlong == "zero" and r.finish == "length"))
 
 
-def plan(rollouts, indices, args) -> list[list[int]]:
-    """Micro-batches: the rollouts of `indices` in lists that hold at most --token-budget tokens."""
-    lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].ids) for i in indices]
-    return [[indices[j] for j in members] for members in common.plan_packs(lengths, args.token_budget)[0]]
+def plan(rollouts, args) -> list[list[Rollout]]:
+    """Micro-batches: lists of rollouts that hold at most --token-budget tokens, prompts included."""
+    packs = common.plan_packs([len(r.prompt_ids) + len(r.ids) for r in rollouts], args.token_budget)[0]
+    return [[rollouts[i] for i in indices] for indices in packs]
 
 
-def lay_out(rollouts, device) -> common.Pack:
-    return common.pack([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in rollouts], device)
+def lay_out(members, device) -> common.Pack:
+    return common.pack([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in members], device)
+
+
+def keep_logprobs(members, name: str, logp):
+    """Cut the log-probs [N] of a pack into those of its rollouts, and keep them there as `name`."""
+    for r, part in zip(members, logp.split([len(r.ids) for r in members])):
+        setattr(r, name, part)
 
 
 @torch.no_grad()
 def reference_logprobs(reference, rollouts, args, device):
     """Sets logp_ref [L] of each rollout: its tokens under the starting model, at the sampling temperature."""
-    for indices in plan(rollouts, range(len(rollouts)), args):
-        members = [rollouts[i] for i in indices]
-        logp, _ = common.token_logprobs(reference, lay_out(members, device), args.temperature)
-        for r, part in zip(members, logp.split([len(r.ids) for r in members])):
-            r.logp_ref = part
+    for members in plan(rollouts, args):
+        keep_logprobs(members, "logp_ref", common.token_logprobs(reference, lay_out(members, device), args.temperature)[0])
 
-
-# ----------------------------------------------------------------------------------------------------- 4 advantages
 
 def groups_of(rollouts, args) -> list[list[Rollout]]:
     return [rollouts[i:i + args.rollouts] for i in range(0, len(rollouts), args.rollouts)]
@@ -224,10 +222,8 @@ def give_advantages(rollouts, args):
             r.advantage = (r.reward - mean) * scale
 
 
-# -------------------------------------------------------------------------------------------------- 5 token weights
-
-def token_weights(rollouts, args, device) -> list[float]:
-    """Weight [R] of every token of a rollout; the loss is the plain sum over tokens of weight x token loss.
+def give_weights(rollouts, args, device):
+    """Sets the weight of each rollout's tokens; the loss is the plain sum over tokens of weight x token loss.
 
     token     1 / tokens of the batch                           Yu et al. 2025 (DAPO), arXiv 2503.14476; the paper's choice
     sequence  1 / (rollouts of the batch x tokens of this one)  Shao et al. 2024, arXiv 2402.03300
@@ -236,19 +232,16 @@ def token_weights(rollouts, args, device) -> list[float]:
     The batch is that of all ranks and micro-batches, so neither changes the loss. What is out of the loss (cut rollouts with
     --overlong mask, groups without signal with --skip-uniform-groups) has weight 0 and is in no count.
     """
-    live = [not (args.overlong == "mask" and r.finish == "length")
-            and not (args.skip_uniform_groups and not any(other.advantage for other in group))
-            for group in groups_of(rollouts, args) for r in group]
-    counts = torch.tensor([sum(live), sum(len(r.ids) for r, keep in zip(rollouts, live) if keep)], dtype=torch.float64)
-    n_rollouts, n_tokens = common.all_reduce_sum(counts.to(device)).tolist()
-    share = {"token": lambda r: 1 / n_tokens, "sequence": lambda r: 1 / (n_rollouts * len(r.ids)),
-             "constant": lambda r: 1 / (n_rollouts * args.max_response_tokens)}[args.normalize]
-    return [share(r) if keep else 0.0 for r, keep in zip(rollouts, live)]
+    live = [r for group in groups_of(rollouts, args) for r in group if not (args.overlong == "mask" and r.finish == "length")
+            and not (args.skip_uniform_groups and not any(other.advantage for other in group))]
+    counts = torch.tensor([len(live), sum(len(r.ids) for r in live)], dtype=torch.float64, device=device)
+    n_rollouts, n_tokens = common.all_reduce_sum(counts).tolist()
+    for r in live:
+        r.weight = {"token": 1 / n_tokens, "sequence": 1 / (n_rollouts * len(r.ids)),
+                    "constant": 1 / (n_rollouts * args.max_response_tokens)}[args.normalize]
 
 
-# ------------------------------------------------------------------------------------------------ 6 loss and update
-
-STATS = ("tokens", "loss", "pg_loss", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight", "logp_gap", "entropy")
+STATS = ("loss", "pg_loss", "tokens", "kl", "clip_low", "clip_high", "dual_clip", "tis_weight", "logp_gap", "entropy")
 
 
 def policy_loss(logp, logp_old, logp_engine, logp_ref, advantage, weight, args):
@@ -273,8 +266,8 @@ def policy_loss(logp, logp_old, logp_engine, logp_ref, advantage, weight, args):
     kl = (torch.exp(d) - d - 1).clamp(max=KL_MAX)
     loss = (weight * (tis * pg + args.kl_coef * kl)).sum()
     live, cut, negative = weight > 0, plain < clipped, advantage < 0
-    sums = [live, weight * pg * tis, kl, cut & negative, cut & ~negative, plain > bound, tis, (logp_old - logp_engine).abs()]
-    sums = [loss if k == 1 else x[live].sum() for k, x in enumerate([live, loss, *sums[1:]])]
+    per_token = (live, kl, cut & negative, cut & ~negative, plain > bound, tis, (logp_old - logp_engine).abs())
+    sums = [loss, (weight * tis * pg).sum()] + [x[live].sum() for x in per_token]
     return loss, torch.stack([x.detach().double() for x in sums])
 
 
@@ -294,43 +287,48 @@ class Policy(torch.nn.Module):
         return logp.detach(), loss, torch.cat([sums, entropy[fields["weight"] > 0].sum()[None].double()])
 
 
-def token_fields(members, weights, device) -> dict:
+def token_fields(members, device) -> dict:
     """What policy_loss takes beside logp, each [N] in the order of the pack of `members`."""
     sizes = torch.tensor([len(r.ids) for r in members])
-    spread = lambda values: torch.tensor(values, dtype=torch.float32).repeat_interleave(sizes).to(device)
-    joined = lambda parts: None if parts[0] is None else torch.cat(parts).to(device)
-    return {"advantage": spread([r.advantage for r in members]), "weight": spread(weights)} | {
-        name: joined([getattr(r, name) for r in members]) for name in ("logp_engine", "logp_ref", "logp_old")}
+    spread = lambda name: torch.tensor([getattr(r, name) for r in members]).repeat_interleave(sizes)
+    joined = lambda name: None if getattr(members[0], name) is None else torch.cat([getattr(r, name) for r in members])
+    fields = {"advantage": spread("advantage"), "weight": spread("weight")}
+    fields |= {name: joined(name) for name in ("logp_engine", "logp_ref", "logp_old")}
+    return {name: x if x is None else x.to(device) for name, x in fields.items()}
 
 
-def backward(policy, rollouts, weights, args, dist) -> dict:
+def largest(x, dist) -> float:
+    """The largest x of all ranks."""
+    of_rank = torch.zeros(dist.world, dtype=torch.float64, device=dist.device)
+    of_rank[dist.rank] = x
+    return float(common.all_reduce_sum(of_rank).max())
+
+
+def backward(policy, rollouts, args, dist) -> dict:
     """Leaves the gradient of the batch's loss on every rank; returns STATS over all ranks: the losses, and means over tokens.
 
     Every rank makes the same number of passes and gradients are exchanged in the last one only. A rank with fewer packs runs
     its first rollout at weight 0 instead: it adds exactly nothing, and no rank waits for an exchange that never comes.
     """
-    live = [i for i, w in enumerate(weights) if w > 0]
-    packs = plan(rollouts, live, args) if live else []
-    n_packs = torch.zeros(dist.world, device=dist.device)
-    n_packs[dist.rank] = len(packs)
-    n_passes = int(common.all_reduce_sum(n_packs).max())
+    live = [r for r in rollouts if r.weight]
+    packs = plan(live, args) if live else []
+    n_passes = int(largest(len(packs), dist))
     totals = torch.zeros(len(STATS), dtype=torch.float64, device=dist.device)
     for k in range(n_passes):
-        indices, scale = (packs[k], 1) if k < len(packs) else ([0], 0)
-        members = [rollouts[i] for i in indices]
+        members = packs[k] if k < len(packs) else rollouts[:1]
+        fields = token_fields(members, dist.device)
+        fields["weight"] *= k < len(packs)
         with common.gradient_sync(policy, last=k == n_passes - 1):
-            fields = token_fields(members, [scale * weights[i] for i in indices], dist.device)
             logp, loss, sums = policy(lay_out(members, dist.device), fields)
             (loss * dist.world).backward()                   # the wrappers average over ranks, the loss is a sum
+        keep_logprobs(members, "logp_new", logp)
         totals += sums
-        for r, part in zip(members, logp.split([len(r.ids) for r in members])):
-            r.logp_new = part
     stats = dict(zip(STATS, common.all_reduce_sum(totals).tolist()))
     n_tokens = max(stats.pop("tokens"), 1)
     return {name: x if "loss" in name else x / n_tokens for name, x in stats.items()}
 
 
-def update(policy, optimizer, rollouts, weights, step: int, args, dist, interrupts) -> dict:
+def update(policy, optimizer, rollouts, step: int, args, dist, interrupts) -> dict:
     """--updates-per-batch optimizer steps on the batch. Returns the mean over them of `backward`'s numbers and grad_norm.
 
     Before the first, trainer and engine are compared on every token in the loss: rollouts from other weights than these never
@@ -339,25 +337,22 @@ def update(policy, optimizer, rollouts, weights, step: int, args, dist, interrup
     history = []
     for k in range(args.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
-        stats = backward(policy, rollouts, weights, args, dist)
+        stats = backward(policy, rollouts, args, dist)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
         stats["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not all(map(math.isfinite, stats.values())):
             path = Path(args.out) / f"bad_batch.rank-{dist.rank}.json"
-            path.write_text(json.dumps({"step": step, "rollouts": [{"pid": r.pid, "g": r.g, "advantage": r.advantage,
-                                                                    "n_tokens": len(r.ids)} for r in rollouts]}))
+            path.write_text(json.dumps({"step": step, "rollouts": [[r.pid, r.g, r.advantage, len(r.ids)] for r in rollouts]}))
             common.die(f"step {step}: a loss or gradient is not finite ({stats}); the batch's ids are in {path}")
         if k == 0:
             refuse_gap(stats["logp_gap"], args, dist, f"step {step}, on its rollouts")
             for r in rollouts:
                 r.logp_old = r.logp_new if args.updates_per_batch > 1 else None
-        interrupts.hold()                                    # from here to the end of the step: all or nothing
+        interrupts.held = True                               # from here to the end of the step: all or nothing
         optimizer.step()
         history.append(stats)
     return {name: statistics.fmean(stats[name] for stats in history) for name in history[0]}
 
-
-# ------------------------------------------------------------------------------------------------- 7 sync and check
 
 def refuse_gap(gap: float, args, dist, where: str):
     limit = args.max_logp_gap or (0.05 if dist.device.startswith("cuda") else 1e-4)
@@ -380,14 +375,10 @@ def check_sync(engine, policy, rollouts, step: int, args, dist) -> dict:
     drawn = [drawn[i] for i in range(len(members))]
     pack = common.pack([(prefix + list(d.ids), len(prefix)) for prefix, d in zip(prefixes, drawn)], dist.device)
     gap = (policy(pack) - torch.tensor([x for d in drawn for x in d.logp], device=dist.device)).abs()
-    numbers = torch.zeros(2 + dist.world, device=dist.device)
-    numbers[0], numbers[1], numbers[2 + dist.rank] = len(gap), gap.sum(), gap.max()
-    n, total, *largest = common.all_reduce_sum(numbers).tolist()
+    total, n = common.all_reduce_sum(torch.stack([gap.sum(), torch.ones_like(gap).sum()])).tolist()
     refuse_gap(total / n, args, dist, f"step {step}, after the weight sync")
-    return {"sync_gap_mean": total / n, "sync_gap_max": max(largest)}
+    return {"sync_gap_mean": total / n, "sync_gap_max": largest(gap.max(), dist)}
 
-
-# ---------------------------------------------------------------------------------------------------------- the run
 
 def evaluate(engine, tokenizer, problems, args, dist) -> float:
     """A small Pass@1: mean correctness of --eval-n samples of each problem, with the same sampling seeds every time."""
@@ -401,24 +392,16 @@ def evaluate(engine, tokenizer, problems, args, dist) -> float:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not between hold() and release(): a step is whole or never began."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but wait while `held`: a step is whole or never began."""
+    held = pending = False
 
-    def __init__(self):
-        self.held = self.pending = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self)
-
-    def __call__(self, number, frame):
+    def __call__(self, *signal_and_frame):
         self.pending = True
-        if not self.held:
-            raise KeyboardInterrupt
+        self.release(self.held)
 
-    def hold(self):
-        self.held = True
-
-    def release(self):
-        self.held = False
-        if self.pending:
+    def release(self, held=False):
+        self.held = held
+        if self.pending and not held:
             raise KeyboardInterrupt
 
 
@@ -431,8 +414,7 @@ def timed(seconds: dict, phase: str):
 
 def summary(rollouts, stats: dict, seconds: dict, args, dist) -> dict:
     """The step's row of metrics.jsonl: numbers about the rollouts of all ranks, and the speed of each phase."""
-    gap = lambda r: 0.0 if r.logp_new is None else float((r.logp_new.cpu() - r.logp_engine).abs().max())
-    mine = [[r.reward, r.correct is None, r.finish == "length", r.advantage != 0, len(r.ids), len(r.prompt_ids), gap(r)]
+    mine = [[r.reward, r.correct is None, r.finish == "length", r.advantage != 0, len(r.ids), len(r.prompt_ids), r.gap().max()]
             for r in rollouts]
     table = torch.zeros(args.prompts_per_step, args.rollouts, 7, dtype=torch.float64, device=dist.device)
     table[dist.rank::dist.world] = torch.tensor(mine, dtype=torch.float64, device=dist.device).view(-1, args.rollouts, 7)
@@ -467,8 +449,7 @@ def main(argv=None):
     n_steps = min(n_steps, args.max_steps or n_steps)
     longest = max(len(problem["prompt_ids"]) for problem in problems + eval_problems) + args.max_response_tokens
     common.check_positions(common.load_config(args.model), longest, "the longest prompt with --max-response-tokens")
-    if longest > args.token_budget:
-        common.die(f"the longest prompt with --max-response-tokens has {longest} tokens, over --token-budget {args.token_budget}")
+    common.plan_packs([longest], args.token_budget)          # dies if it does not fit
 
     checkpoint = common.latest_checkpoint(out)
     model = common.load_model(checkpoint or args.model, device=dist.device, trainable=True)
@@ -488,6 +469,8 @@ def main(argv=None):
         + (f"; going on after step {done} ({checkpoint})" if checkpoint else ""), flush=True)
 
     interrupts = Interrupts()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, interrupts)
     try:
         for step in range(done + 1, n_steps + 1):
             began, seconds = time.perf_counter(), {}
@@ -504,8 +487,8 @@ def main(argv=None):
                 rewards.result()
             give_advantages(rollouts, args)
             with timed(seconds, "update"):
-                weights = token_weights(rollouts, args, dist.device)
-                stats = update(policy, optimizer, rollouts, weights, step, args, dist, interrupts)
+                give_weights(rollouts, args, dist.device)
+                stats = update(policy, optimizer, rollouts, step, args, dist, interrupts)
             with timed(seconds, "sync"):
                 engine.sync(model)
                 stats |= check_sync(engine, policy, rollouts, step, args, dist)
@@ -519,10 +502,9 @@ def main(argv=None):
             if dist.rank == 0:
                 metrics.log(row)
                 for r in rollouts[:args.log_rollouts]:
-                    rollout_log.write({
-                        "step": step, "pid": r.pid, "g": r.g, "response": r.response, "n_tokens": len(r.ids), "finish": r.finish,
-                        "reward": r.reward, "status": r.status, "advantage": r.advantage,
-                        "logp_gap": None if r.logp_new is None else float((r.logp_new.cpu() - r.logp_engine).abs().mean())})
+                    rollout_log.write({"step": step, "pid": r.pid, "g": r.g, "response": r.response, "n_tokens": len(r.ids),
+                                       "finish": r.finish, "reward": r.reward, "correct": r.correct, "status": r.status,
+                                       "advantage": r.advantage, "logp_gap": float(r.gap().mean())})
             say(f"step {step}/{n_steps} reward {row['reward']:.3f} no-signal {row['groups_uniform']:.2f} cut {row['truncated']:.2f} "
                 f"tokens {row['response_tokens_mean']:.0f} entropy {row['entropy']:.3f} kl {row['kl']:.4f} "
                 f"gnorm {row['grad_norm']:.2f} gap {row['sync_gap_mean']:.0e} "
@@ -532,6 +514,7 @@ def main(argv=None):
                 save()
             interrupts.release()
     except KeyboardInterrupt:
+        interrupts.held = True
         save()
         say(f"stopped; step {done} is saved in {out}, the same command goes on from there")
         raise SystemExit(130)

@@ -96,7 +96,7 @@ arm() {                                              # select, train, evaluate; 
   evaluate "$d/sft" "$d/eval"
   case " ${rlvr_arms[*]} " in *" $a "*)
     local limit=()
-    [ "$a" = sft_lp ] && [ -n "${sft_lp_rlvr_max_tokens:-}" ] && limit=(--max-tokens "$sft_lp_rlvr_max_tokens")
+    [ "$a" = sft_lp ] && [ -n "${sft_lp_rlvr_max_tokens:-}" ] && limit=(--max-response-tokens "$sft_lp_rlvr_max_tokens")
     step "$s/$a/rlvr" "${ranks[@]}" 04_rlvr.py --recipe "$recipe" --model "$d/sft" --problems "$data/rlvr.jsonl" --out "$d/rlvr" --seed "$seed" "${limit[@]}"
     evaluate "$d/rlvr" "$d/eval_rlvr" ;;
   esac
