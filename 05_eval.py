@@ -403,7 +403,7 @@ def main(argv=None):
     benches = [Benchmark(path, out) for path in args.problems]
     if len({bench.name for bench in benches}) < len(benches):
         c.die("two --problems files have the same name, so their results would overwrite each other")
-    dist, seconds = c.init_distributed(), {}
+    dist, seconds = c.init_distributed(patience_hours=24), {}
     if dist.rank == 0:
         for bench in benches:
             merge_parts(bench.rows, ("pid", "k"))
@@ -417,7 +417,6 @@ def main(argv=None):
         seconds = draw_and_measure(benches, args, dist)
     if dist.rank == 0:
         finish(benches, args, out, seconds)
-    c.barrier()
 
 
 def draw_and_measure(benches, args, dist):

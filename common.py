@@ -12,6 +12,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -559,8 +560,11 @@ class Dist:
     device: str = "cpu"
 
 
-def init_distributed() -> Dist:
-    """One process, or one of torchrun's: nccl with a card per rank, gloo on a CPU."""
+def init_distributed(patience_hours: float = 0.5) -> Dist:
+    """One process, or one of torchrun's: nccl with a card per rank, gloo on a CPU.
+
+    `patience_hours`: how long a rank waits for the others before it calls them lost; ranks that generate end hours apart.
+    """
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return Dist(device="cuda" if cuda else "cpu")
@@ -568,7 +572,7 @@ def init_distributed() -> Dist:
     if cuda:
         torch.cuda.set_device(local)
     if not torch_dist.is_initialized():
-        torch_dist.init_process_group("nccl" if cuda else "gloo")
+        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=patience_hours))
         # gloo's threads abort a process that exits with its group alive
         atexit.register(lambda: torch_dist.is_initialized() and torch_dist.destroy_process_group())
     return Dist(torch_dist.get_rank(), torch_dist.get_world_size(), f"cuda:{local}" if cuda else "cpu")
