@@ -1,0 +1,410 @@
+"""Stage 4 against plain computations: advantages by hand, the loss from full logits, ranks, resume, sync, bad models."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import engines
+import verifier
+from conftest import ROOT, make_model
+
+rlvr = importlib.import_module("04_rlvr")
+BASIC = ["--prompts-per-step", "4", "--rollouts", "4", "--max-response-tokens", "12", "--lr", "1e-3", "--verify-workers", "1"]
+
+
+@pytest.fixture(autouse=True)
+def restore_signal_handlers():
+    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in old.items():
+        signal.signal(name, handler)
+
+
+def write_problems(path, answers):
+    path.write_text("".join(json.dumps({"pid": f"p{i}", "problem": f"{i}+1=", "answer": a, "source": "t"}) + "\n"
+                            for i, a in enumerate(answers)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    return write_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl", [str(i + 1) for i in range(10)])
+
+
+def configure(*more, model="m", problems="p", out="o"):
+    return rlvr.config(["--model", str(model), "--problems", str(problems), "--out", str(out), *BASIC, *map(str, more)])
+
+
+def run(model, problems, out, *more):
+    rlvr.main(["--model", str(model), "--problems", str(problems), "--out", str(out), *BASIC, *map(str, more)])
+    return list(common.read_jsonl(Path(out) / "metrics.jsonl"))
+
+
+def fixed_rollouts(n_groups, group, seed=0, vocabulary=259, longest=9, shift=0.3):
+    """Rollouts of random tokens: lengths 1..longest, rewards 0/1 with one uniform group, engine log-probs near -5."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randint(vocabulary, shape, generator=generator).tolist()
+    rollouts = []
+    for p in range(n_groups):
+        prompt = draw(3 + p)
+        for g in range(group):
+            n = 1 if g == 0 else int(torch.randint(1, longest + 1, (1,), generator=generator))
+            reward = 1.0 if p == 1 else float(torch.rand(1, generator=generator) < 0.5)
+            logp = -5 + shift * torch.randn(n, generator=generator)
+            rollouts.append(rlvr.Rollout(f"p{p}", g, prompt, draw(n), "length" if g == 2 else "stop", logp, "", reward))
+    return rollouts
+
+
+# ---------------------------------------------------------------------------------------------------- 4 advantages
+
+@pytest.mark.parametrize("kind, rewards, expected", [
+    ("grpo", [1, 0, 0, 0], [0.75 / (0.5 + 1e-6)] + [-0.25 / (0.5 + 1e-6)] * 3),        # mean 1/4, std sqrt(0.75 / 3) = 1/2
+    ("grpo", [1, 1], [0, 0]), ("grpo", [0, 0, 0], [0, 0, 0]), ("grpo", [1], [1 / (1 + 1e-6)]), ("grpo", [0], [0]),
+    ("dr_grpo", [1, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]), ("dr_grpo", [1, 1, 1], [0, 0, 0]), ("dr_grpo", [1], [1]),
+    ("rloo", [1, 0, 0, 0], [1, -1 / 3, -1 / 3, -1 / 3]), ("rloo", [0, 0], [0, 0]), ("rloo", [1], [1]),
+])
+def test_advantages_equal_values_by_hand(kind, rewards, expected):
+    args = configure("--advantage", kind, "--rollouts", len(rewards))
+    rollouts = [rlvr.Rollout("p", g, [1], [2], "stop", torch.zeros(1), "", float(r)) for g, r in enumerate(rewards * 2)]
+    rlvr.give_advantages(rollouts, args)
+    assert [r.advantage for r in rollouts] == pytest.approx(expected * 2, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- 5, 6 loss and gradient
+
+def plain_loss(path, ref_path, rollouts, old, args):
+    """The formulas of PAPER.md and of each flag, one sequence and one token at a time, from full logits. -> loss, gradient"""
+    from transformers import AutoModelForCausalLM
+    model, ref = (AutoModelForCausalLM.from_pretrained(p, attn_implementation="eager").train() for p in (path, ref_path))
+
+    def logps(m, r):
+        logits = m(torch.tensor([r.prompt_ids + r.ids])).logits[0] / args.temperature
+        return [logits[len(r.prompt_ids) + t - 1].log_softmax(0)[token] for t, token in enumerate(r.ids)]
+
+    used = []
+    for start in range(0, len(rollouts), args.rollouts):
+        group = rollouts[start:start + args.rollouts]
+        if args.skip_uniform_groups and len({r.reward for r in group}) == 1:
+            continue
+        used += [r for r in group if not (args.overlong == "mask" and r.finish == "length")]
+    total = 0
+    for r in used:
+        tokens = 0
+        for t, (lp, lp_ref) in enumerate(zip(logps(model, r), logps(ref, r))):
+            lp_old = float(old[id(r)][t]) if old else float(lp.detach())
+            ratio = (lp - lp_old).exp()
+            a = r.advantage
+            if a >= 0:      # min(ratio, 1 + high) * a
+                gain = a * (ratio if ratio < 1 + args.clip_high else 1 + args.clip_high)
+            else:           # max(ratio, 1 - low) * a, but not below dual_clip * a
+                gain = a * (ratio if ratio > 1 - args.clip_low else 1 - args.clip_low)
+                if args.dual_clip and gain < args.dual_clip * a:
+                    gain = args.dual_clip * a
+            if args.tis_cap:
+                gain = gain * min(math.exp(lp_old - float(r.logp_engine[t])), args.tis_cap)
+            d = lp_ref.detach() - lp
+            tokens = tokens - gain + args.kl_coef * (d.exp() - d - 1)
+        denominator = {"token": sum(len(x.ids) for x in used), "sequence": len(used) * len(r.ids),
+                       "constant": len(used) * args.max_response_tokens}[args.normalize]
+        total = total + tokens / denominator
+    total.backward()
+    return float(total.detach()), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--normalize", "sequence"], ["--normalize", "constant"], ["--advantage", "dr_grpo"], ["--advantage", "rloo"],
+    ["--kl-coef", "0.1"], ["--kl-coef", "0"], ["--tis-cap", "1.1"], ["--tis-cap", "0.5"], ["--overlong", "mask"],
+    ["--overlong", "mask", "--normalize", "sequence"], ["--skip-uniform-groups"],
+    ["--skip-uniform-groups", "--overlong", "mask", "--normalize", "constant"],
+    ["--updates-per-batch", "2"], ["--updates-per-batch", "2", "--clip-low", "0.1", "--clip-high", "0.4", "--dual-clip", "1.5"],
+    ["--updates-per-batch", "2", "--dual-clip", "0", "--tis-cap", "1.1", "--kl-coef", "0.1", "--temperature", "1.3"]])
+def test_loss_and_gradient_equal_a_plain_computation(tmp_path_factory, flags):
+    home = tmp_path_factory.mktemp("loss")
+    path, ref_path = make_model(home / "policy", seed=1, tie=False), make_model(home / "ref", seed=1, tie=False)
+    model = common.load_model(path, trainable=True)
+    with torch.no_grad():   # the reference is near the policy, not equal to it
+        torch.manual_seed(5)
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    model.save_pretrained(path)
+    args = configure(*flags, "--token-budget", "40")
+    rollouts = fixed_rollouts(4, 4)
+    rlvr.give_advantages(rollouts, args)
+    rlvr.give_weights(rollouts, args, "cpu")
+    if args.kl_coef:
+        rlvr.reference_logprobs(common.load_model(ref_path), rollouts, args, "cpu")
+    dist, policy = common.Dist(), rlvr.Policy(model, args)
+    if args.updates_per_batch > 1:       # ratios on both sides of every clip
+        rlvr.backward(policy, rollouts, args, dist)
+        for k, r in enumerate(rollouts):
+            r.logp_old = None if r.logp_new is None else r.logp_new + torch.linspace(-1, 1, len(r.ids)) * (-1) ** k
+        model.zero_grad()
+    old = {id(r): r.logp_old for r in rollouts} if args.updates_per_batch > 1 else None
+    stats = rlvr.backward(policy, rollouts, args, dist)
+    loss, gradient = plain_loss(path, ref_path, rollouts, old, args)
+    assert len(rlvr.plan([r for r in rollouts if r.weight], args)) > 1, "the batch has to be split"
+    assert stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    scale = max(float(g.abs().max()) for g in gradient.values())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradient[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+    if "--dual-clip" in flags and args.dual_clip:
+        assert stats["clip_low"] > 0 and stats["clip_high"] > 0 and stats["dual_clip"] > 0, "each clip has to be met"
+
+
+def test_overlong_zero_takes_the_reward_of_a_cut_response():
+    for overlong, expected in (("keep", [1.0, 1.0, 0.0]), ("zero", [0.0, 1.0, 0.0])):
+        rollouts = [rlvr.Rollout("p", g, [1], [2], finish, torch.zeros(1), f"<think></think>\\boxed{{{answer}}}")
+                    for g, (finish, answer) in enumerate((("length", 7), ("stop", 7), ("stop", 8)))]
+        rlvr.give_rewards(rollouts, {"p": "7"}, configure("--overlong", overlong))
+        assert [r.reward for r in rollouts] == expected and all(r.correct is not None for r in rollouts)
+
+
+def test_on_policy_ratio_is_one_and_an_old_policy_pass_changes_nothing(tiny_model_dir):
+    args = configure("--kl-coef", "0")
+    model, results = common.load_model(tiny_model_dir, trainable=True), []
+    for explicit in (False, True):
+        rollouts = fixed_rollouts(3, 4)
+        rlvr.give_advantages(rollouts, args)
+        rlvr.give_weights(rollouts, args, "cpu")
+        if explicit:        # the pass that is not made: old log-probs under the same weights
+            for r in rollouts:
+                r.logp_old = common.token_logprobs(model, rlvr.lay_out([r], "cpu"), args.temperature)[0].detach()
+        model.zero_grad()
+        stats = rlvr.backward(rlvr.Policy(model, args), rollouts, args, common.Dist())
+        results.append((stats, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (without, g0), (with_pass, g1) = results
+    assert without["clip_low"] == without["clip_high"] == without["dual_clip"] == 0
+    assert without["loss"] == pytest.approx(with_pass["loss"], abs=1e-6)
+    torch.testing.assert_close(g0, g1, rtol=1e-4, atol=1e-6 * float(g0.abs().max()) + 1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------------ 1 prompts
+
+def test_prompts_of_a_step_are_a_function_of_seed_and_step():
+    first = [rlvr.prompts_of_step(10, 3, 42, step) for step in range(1, 7)]
+    assert first == [rlvr.prompts_of_step(10, 3, 42, step) for step in range(1, 7)]
+    for epoch in (first[:3], first[3:]):
+        used = [i for batch in epoch for i in batch]
+        assert len(used) == len(set(used)) == 9, "whole batches, every problem at most once in an epoch"
+    assert first[:3] != first[3:] and first != [rlvr.prompts_of_step(10, 3, 43, step) for step in range(1, 7)]
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+TWO_RANKS = """
+import importlib, sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+torch.set_num_threads(1)
+import common, test_rlvr
+rlvr = importlib.import_module("04_rlvr")
+dist = common.init_distributed()
+args = test_rlvr.configure(*{flags!r})
+policy = common.distribute(rlvr.Policy(common.load_model({model!r}, trainable=True), args), dist, args.shard)
+rollouts = test_rlvr.fixed_rollouts(4, 4)
+groups = rlvr.groups_of(rollouts, args)
+mine = [r for group in groups[dist.rank::dist.world] for r in group]
+if dist.world == 2 and {lopsided}:                   # rank 0 has three groups, rank 1 only the uniform one
+    mine = [r for k in ([0, 2, 3], [1])[dist.rank] for r in groups[k]]
+rlvr.give_advantages(mine, args)
+rlvr.give_weights(mine, args, dist.device)
+rlvr.reference_logprobs(common.load_model({reference!r}), mine, args, dist.device)
+stats = rlvr.backward(policy, mine, args, dist)
+whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
+gradient = torch.cat([whole(p.grad).flatten() for p in policy.parameters()])
+if dist.rank == 0:
+    torch.save((stats, gradient), {out!r})
+common.barrier()
+"""
+
+
+def launch(code, ranks):
+    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                "--nproc_per_node", str(ranks)]
+    done = subprocess.run([*head, str(code)], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("flags, lopsided", [(["--kl-coef", "0.1"], False), (["--skip-uniform-groups"], True), (["--shard"], True)])
+def test_two_ranks_leave_the_gradient_of_one(tmp_path, tiny_model_dir, flags, lopsided):
+    reference = make_model(tmp_path / "ref", seed=3)
+    results = []
+    for ranks in (1, 2):
+        code, out = tmp_path / f"run{ranks}.py", tmp_path / f"out{ranks}.pt"
+        own = [*flags, "--token-budget", "40"] if ranks == 2 else [f for f in flags if f != "--shard"]
+        code.write_text(TWO_RANKS.format(root=str(ROOT), flags=own, model=str(tiny_model_dir), reference=str(reference),
+                                         lopsided=lopsided, out=str(out)))
+        launch(code, ranks)
+        results.append(torch.load(out))
+    (one, g1), (two, g2) = results
+    assert float((g1 - g2).norm() / g1.norm()) < 1e-5
+    assert two == pytest.approx(one, rel=1e-5, abs=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------- resume and interrupts
+
+def start(model, problems, out, *more):
+    return subprocess.Popen([sys.executable, str(ROOT / "04_rlvr.py"), "--model", str(model), "--problems", str(problems),
+                             "--out", str(out), *BASIC, "--max-steps", "4", "--save-every", "2", *more],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def read_until(process, text):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"'{text}' never came:\n" + "".join(lines))
+
+
+def products(out):
+    return [(Path(out) / name).read_bytes() for name in ("final/model.safetensors", "rollouts.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_model_dir, problems):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(tiny_model_dir, problems, out, "--max-steps", "4", "--save-every", "2")
+    return out
+
+
+@pytest.mark.parametrize("name, at", [(signal.SIGKILL, "step 3/4"), (signal.SIGINT, "step 1/4"), (signal.SIGTERM, "step 3/4")])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny_model_dir, problems, uninterrupted, name, at):
+    out = tmp_path / "out"
+    process = start(tiny_model_dir, problems, out)
+    read_until(process, at)
+    process.send_signal(name)
+    rest = process.communicate(timeout=120)[0]
+    saved = common.latest_checkpoint(out)
+    if name == signal.SIGKILL:
+        assert process.returncode == -name and saved.name == "step-000002"
+    else:
+        assert process.returncode == 130 and "is saved" in rest, rest
+        assert int(saved.name[-6:]) >= int(at[5]), "Ctrl-C loses no whole step"
+    again = start(tiny_model_dir, problems, out)
+    assert again.wait(timeout=240) == 0, again.stdout.read()
+    assert products(out) == products(uninterrupted)
+    metrics = [[row[k] for k in ("step", "reward", "loss", "kl", "grad_norm", "entropy")]
+               for directory in (out, uninterrupted) for row in common.read_jsonl(directory / "metrics.jsonl")]
+    assert metrics[:4] == metrics[4:]
+
+
+def test_other_settings_do_not_continue_a_run(uninterrupted, tiny_model_dir, problems, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model_dir, problems, uninterrupted, "--max-steps", "4", "--save-every", "2", "--temperature", "1.0")
+    assert stop.value.code == 2 and "temperature" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- 7 weight sync
+
+def test_leaving_out_the_weight_sync_stops_the_run(tmp_path, tiny_model_dir, problems, monkeypatch, capsys):
+    monkeypatch.setattr(engines.HFEngine, "sync", lambda self, model: None)
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model_dir, problems, tmp_path / "out", "--kl-coef", "0.1", "--max-steps", "3", "--weight-decay", "0.5")
+    assert stop.value.code == 2 and "after the weight sync" in capsys.readouterr().err
+
+
+def test_rollouts_from_other_weights_never_reach_an_update(tiny_model_dir, tmp_path, capsys):
+    args = configure("--kl-coef", "0", out=tmp_path)
+    model = common.load_model(tiny_model_dir, trainable=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rollouts = fixed_rollouts(4, 4)                       # their engine log-probs are made up
+    rlvr.give_advantages(rollouts, args)
+    rlvr.give_weights(rollouts, args, "cpu")
+    with pytest.raises(SystemExit) as stop:
+        rlvr.update(rlvr.Policy(model, args), torch.optim.AdamW(model.parameters()), rollouts, 1, args, common.Dist(),
+                    rlvr.Interrupts())
+    assert stop.value.code == 2 and "--max-logp-gap" in capsys.readouterr().err
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_changes_nothing(tiny_model_dir, tmp_path, capsys):
+    args = configure("--kl-coef", "0", "--max-logp-gap", "100", out=tmp_path)
+    model = common.load_model(tiny_model_dir, trainable=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rollouts = fixed_rollouts(4, 4)
+    rlvr.give_advantages(rollouts, args)
+    rollouts[5].advantage = math.nan
+    rlvr.give_weights(rollouts, args, "cpu")
+    with pytest.raises(SystemExit) as stop:
+        rlvr.update(rlvr.Policy(model, args), torch.optim.AdamW(model.parameters()), rollouts, 7, args, common.Dist(),
+                    rlvr.Interrupts())
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    listed = json.loads((tmp_path / "bad_batch.rank-0.json").read_text())
+    assert listed["step"] == 7 and [x[:2] for x in listed["rollouts"]] == [[r.pid, r.g] for r in rollouts]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------- models and problems gone wrong
+
+def stuck_model(path, token):
+    """A model that emits one token for ever: every hidden state is the same vector, and that token's row points along it."""
+    make_model(path, tie=False)
+    model, tokenizer = common.load_model(path), common.load_tokenizer(path)
+    ids = common.encode_text(tokenizer, token) if not token.startswith("<|") else [tokenizer.convert_tokens_to_ids(token)]
+    assert len(ids) == 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ids[0]] = 1.0
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("token, tokens, cut, status", [
+    ("a", 12, 1.0, "no_think_end"), ("<|im_end|>", 1, 0.0, "no_think_end"), ("<|endoftext|>", 1, 0.0, "no_think_end"),
+    (" ", 12, 1.0, "no_think_end")])
+@pytest.mark.parametrize("flags", [[], ["--overlong", "mask"], ["--skip-uniform-groups"]])
+def test_degenerate_models_are_survived_and_counted(tmp_path, problems, token, tokens, cut, status, flags):
+    rows = run(stuck_model(tmp_path / "model", token), problems, tmp_path / "out", "--max-steps", "2", *flags)
+    assert len(rows) == 2
+    for row in rows:
+        assert row["reward"] == row["reward_unknown"] == 0 and row["groups_uniform"] == 1 and row["truncated"] == cut
+        assert row["response_tokens_mean"] == tokens
+        assert all(math.isfinite(x) for x in row.values())
+    rollouts = list(common.read_jsonl(tmp_path / "out" / "rollouts.jsonl"))
+    assert {r["status"] for r in rollouts} == {status} and {r["finish"] for r in rollouts} == {"length" if cut else "stop"}
+    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+
+
+def test_responses_of_one_token(tmp_path, tiny_model_dir, problems):
+    row = run(tiny_model_dir, problems, tmp_path / "out", "--max-steps", "1", "--max-response-tokens", "1")[0]
+    assert row["response_tokens_max"] == 1 and row["reward"] == 0 and math.isfinite(row["loss"])
+
+
+def test_a_gold_that_cannot_be_parsed_is_dropped_before_the_run(tmp_path, tiny_model_dir, capsys):
+    bad = ["\\frac{1}{", "x^{", "\\sqrt{2} +"]
+    problems = write_problems(tmp_path / "problems.jsonl", ["1", "2", *bad, "\\frac{1}{2}", "4"])
+    rows = run(tiny_model_dir, problems, tmp_path / "out", "--max-steps", "1")
+    assert "3 dropped with a gold answer that cannot be parsed; 4 are used" in capsys.readouterr().out
+    assert rows[0]["reward_unknown"] == 0
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model_dir, write_problems(tmp_path / "bad.jsonl", bad * 2), tmp_path / "out2")
+    assert stop.value.code == 2 and "0 usable problems, at least 4 are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--max-response-tokens", "4096"], "max_position_embeddings"), (["--token-budget", "20"], "--token-budget"),
+    (["--max-prompt-tokens", "3"], "0 usable problems"), (["--temperature", "0"], "--temperature"),
+    (["--eval-every", "1"], "--eval-problems"), (["--rollouts", "0"], "--rollouts must be at least 1"),
+    (["--problems", "nowhere.jsonl"], "nowhere.jsonl does not exist")])
+def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model_dir, problems, tmp_path / "out", *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
