@@ -7,6 +7,7 @@ in. An engine owns its weights; what they are after a sync is checked by 04 (the
 Shapes: B slots (sequences that are generated side by side), L tokens of the longest, V vocabulary, D head dimension.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import importlib.util
@@ -207,9 +208,9 @@ class VLLMEngine:
     """vLLM with the same two calls, and the same meaning of `logp`. What its defaults would change is switched off:
 
     `generation_config="vllm"` (no sampling settings out of the model's directory), `processed_logprobs` (after
-    temperature and top-p, not before), stop tokens by id, a seed per request. The engine runs in this process, one for each rank.
-    Under torchrun the process group must exist before it, and on CUDA the "external launcher" puts it on LOCAL_RANK's
-    card (the plain executor would put every rank on card 0). GPU-only lines say so; none of them has run yet (docs/GPU.md).
+    temperature and top-p, not before), stop tokens by id, a seed per request. The engine runs in this process, one for each
+    rank. Under torchrun the process group must exist before it, and on CUDA the "external launcher" puts it on LOCAL_RANK's
+    card (the plain executor would put every rank on card 0). GPU-only lines say so; none has run yet (docs/GPU.md).
     """
 
     def __init__(self, path, max_len: int, device="cpu", gpu_memory: float = 0.9, kv_cache_gb: float = 0,
@@ -246,6 +247,8 @@ class VLLMEngine:
             self.llm = vllm.LLM(model_dir(path), max_model_len=max_len, skip_tokenizer_init=True,
                                 generation_config="vllm", logprobs_mode="processed_logprobs", seed=0,
                                 use_tqdm_on_load=False, **options)
+        # It ends the process group itself: before the caller's own exit handler does, or both fail.
+        atexit.register(self.llm.llm_engine.engine_core.shutdown)
 
     def sync(self, model):
         """Write the trainer's weights over the engine's, and forget the cached prefixes that the old ones computed."""
