@@ -290,9 +290,11 @@ END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 
 def load_tokenizer(path, any_markup: bool = False):
     """`any_markup`: enough to sample from (R1's distilled models have markup of their own), not to train."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    # AutoTokenizer lays Qwen's own splitting rules over any Qwen2 model's tokenizer.json: that file itself is the truth.
+    kind = PreTrainedTokenizerFast if (Path(model_dir(path)) / "tokenizer.json").exists() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir(path))
+        tokenizer = kind.from_pretrained(model_dir(path))
     except (OSError, ValueError) as error:
         die(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}")
     missing = [t for t in (END_OF_TURN, END_OF_TEXT) if token_id(tokenizer, t) is None]

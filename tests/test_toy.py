@@ -88,6 +88,8 @@ def test_arithmetic_of_careful_steps():
             continue
         body = re.sub(r"\d\d\? wait ", "", world.thoughts(response))
         results = [int(v) for v in re.findall(r"(?<![0-9=+\-'])(\d\d)\. ", body)]
+        operations = re.findall(r"(?:^|\. |<think>|[a-z] )([+-])(\d\d), ", body)
+        assert [(sign, int(operand)) for sign, operand in operations] == list(problem[1])
         assert results == world.values(problem)
         for a, sign, b, prime_in, c, prime_out in re.findall(r"(\d)([+-])(\d)('?)=(\d)('?)", body):
             step = 1 if sign == "+" else -1
@@ -174,14 +176,14 @@ def test_batches_cover_documents_once_and_padding_is_not_learnt():
 
 @pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base has not been made")
 def test_the_shipped_base_is_the_one_described():
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     record = json.loads((BASE / "make_base.json").read_text())
     assert record["missed"] == [] and record["args"]["world"] == "deep-leap"
     config = AutoConfig.from_pretrained(BASE)
     assert config.model_type == "qwen2" and config.head_dim >= 32 and config.tie_word_embeddings
     assert config.max_position_embeddings >= 256
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = common.load_tokenizer(BASE)
     fresh = make_base.build_tokenizer()
     assert tokenizer.get_vocab() == fresh.get_vocab() and len(tokenizer) <= config.vocab_size
     for _, problem, response in traces(70):
