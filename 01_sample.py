@@ -402,7 +402,7 @@ def build_parser():
     p.add_argument("--problems-out", metavar="JSONL", help="problems rows of the imported responses")
     writes(p, "samples rows")
 
-    p = common.add_command(commands, "model", "a model's own samples -> samples rows")
+    p = common.add_command(commands, "model", "a model's own samples -> samples rows", section="sample")
     p.add_argument("--model", required=True, help="directory or hub id")
     p.add_argument("--problems", required=True, metavar="JSONL", help="problems rows")
     p.add_argument("--n", type=int, default=8, help="samples a problem")

@@ -49,9 +49,11 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
-def add_command(commands, name: str, help: str) -> argparse.ArgumentParser:
-    """A sub-command of `parser.add_subparsers(dest="command")`; its name is also its section of a recipe."""
-    return commands.add_parser(name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False)
+def add_command(commands, name: str, help: str, section: str | None = None) -> argparse.ArgumentParser:
+    """A sub-command of `parser.add_subparsers(dest="command")`; `section` of a recipe: its name if not given."""
+    parser = commands.add_parser(name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.section = section or name
+    return parser
 
 
 def load_recipe(path) -> dict:
@@ -64,23 +66,23 @@ def load_recipe(path) -> dict:
 
 
 def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namespace:
-    """Command line over recipe over built-in defaults. With sub-commands the section is the sub-command's name.
+    """Command line over recipe over built-in defaults. With sub-commands the section is the sub-command's.
 
     `--recipe FILE` is added here: the keys of its section are the long flags with `_`; an unknown key is refused.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     subs = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
-    targets = subs.choices if subs else {section: parser}
+    targets = subs.choices if subs else {None: parser}
     for target in targets.values():
         target.add_argument("--recipe", metavar="FILE", default=None,
                             help="TOML file whose section gives the defaults; flags override it")
     recipe = next((a.split("=", 1)[1] if "=" in a else argv[i + 1] for i, a in enumerate(argv)
                    if a.startswith("--recipe=") or (a == "--recipe" and i + 1 < len(argv))), None)
-    if subs:
-        section = next((a for a in argv if a in targets), None)
-    if recipe and section in targets:
+    target = targets.get(next((a for a in argv if a in targets), None))
+    if recipe and target:
+        section = target.section if subs else section
         values = load_recipe(recipe).get(section, {})
-        actions = {a.dest: a for a in targets[section]._actions if a.option_strings}
+        actions = {a.dest: a for a in target._actions if a.option_strings}
         for key, value in values.items():
             if key not in actions:
                 die(f"recipe {recipe} [{section}]: unknown key '{key}'; known: {', '.join(sorted(actions))}")
@@ -93,7 +95,7 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
                         (action.type is float and type(item) not in (int, float)):
                     die(f"recipe {recipe} [{section}]: {key} = {item!r} is not {action.type.__name__}")
             action.required = False
-        targets[section].set_defaults(**values)
+        target.set_defaults(**values)
         print(f"[{section}] from {recipe}: " + ", ".join(f"{k}={v}" for k, v in values.items()), flush=True)
     return parser.parse_args(argv)
 
