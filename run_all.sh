@@ -111,7 +111,7 @@ for ((i = 0; i < seeds; i++)); do
   if [ "$world" != none ]; then
     base="toy/$world_base"
     step "$s/world" python toy/world.py --world "$world" --out "$data" --seed "$seed" "${world_args[@]}"
-    step "$s/teacher" python 01_sample.py teacher --recipe "$recipe" --source "$data/teacher_source.jsonl" --out "$data/teacher.jsonl"
+    step "$s/teacher" python 01_sample.py teacher --recipe "$recipe" --source "$data/teacher_source.jsonl" --model "$base" --name teacher --out "$data/teacher.jsonl" --problems "$data/problems.jsonl" --answers join
   else
     base="$run/base"
     step prepare-base python 01_sample.py prepare-base --recipe "$recipe" --model "$base_model" --out "$base"
