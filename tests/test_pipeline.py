@@ -34,7 +34,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
         time.sleep(0.2)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate()
-    assert broken.returncode == -signal.SIGKILL and not (tmp_path / "broken/mini/REPORT.md").exists()
+    assert broken.returncode == -signal.SIGKILL and not (tmp_path / "broken/mini/report/REPORT.md").exists()
     again = start(recipe, tmp_path / "broken")
     out_whole, _ = whole.communicate(timeout=600)
     out_again, _ = again.communicate(timeout=600)
@@ -44,7 +44,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
         results = [json.loads((tmp_path / run / "mini/seed-0" / name / "results.json").read_text())["benchmarks"]
                    for run in ("whole", "broken")]
         assert results[0] == results[1] and set(results[0]) == {"id", "hard"}
-    assert "C1" in out_whole and "REPORT.md" in out_whole and (tmp_path / "whole/mini/REPORT.md").exists()
+    assert "C1" in out_whole and "REPORT.md" in out_whole and (tmp_path / "whole/mini/report/REPORT.md").exists()
     third = start(recipe, tmp_path / "whole")
     out_third, _ = third.communicate(timeout=120)
     assert third.returncode == 0 and "+ python 03" not in out_third, "what has finished is not run again"
