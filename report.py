@@ -1,0 +1,716 @@
+"""The report of a run: REPORT.md, summary.json and figures, from results, metrics and sidecars only (never a model).
+
+    python report.py runs/toy                                       everything into runs/toy/report/
+    python report.py runs/toy --contrast runs/toy_easy              with a second world beside it
+    python report.py runs/paper_1.5b --card-hour-price 2.5          with costs
+
+A claim compares two arms problem by problem, seed by seed (the same problems, the same samples per problem), averages over
+benchmarks with equal weight, and takes its 95 % interval from a bootstrap over problems and seeds (`common.bootstrap`).
+The rule of the verdict, fixed before any arm was run:
+
+    not reproduced   the whole interval lies below the smallest effect of interest, 0.01 (one point of Pass@k; 0.01 nats)
+    reproduced       otherwise, if the whole interval lies above 0
+    undecided        otherwise
+
+C4 has two parts, C1 and C2 after RLVR: reproduced if both are, not reproduced if either is not. With one seed the interval
+knows problems only, and the report says so. Pass@k is taken at k = n, the number of samples drawn, or at --k.
+
+What is missing (an arm, RLVR, the base, a stage's log) is left out of the tables and figures; nothing is made up for it.
+RUN_DIR/explain.json, if there, is shown as a section of its own: a list of {"title", "text", "columns", "rows", "figures"},
+figures as {"file": path relative to RUN_DIR, "caption"}; all but the title may be missing.
+"""
+
+import json
+import math
+import shutil
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import common as c
+
+SMALLEST_EFFECT = 0.01
+MAIN_ARMS, REFERENCE, CONTROLS = ("oxa_full", "oxa_mle"), "sft", ("length_matched", "longest")
+# claim: (what is claimed, measure, evaluated before or after RLVR)
+CLAIMS = {
+    "C1": ("Pass@1 up", 1, "before"),
+    "C2": ("Pass@k up", "k", "before"),
+    "C3": ("initial policy entropy up (nats)", "entropy", "before"),
+    "C4, Pass@1": ("Pass@1 still up after RLVR", 1, "after"),
+    "C4, Pass@k": ("Pass@k still up after RLVR", "k", "after"),
+}
+# colour (Okabe-Ito, told apart by colour-blind readers), marker and line of each arm, the same in every figure
+STYLES = {
+    "base": ("#6e6e6e", "X", (0, (1, 1.2))), "sft": ("#0072B2", "o", (0, (5, 1.5))),
+    "sft_lp": ("#56B4E9", "v", (0, (2.5, 1.5))), "oxa_mle": ("#E69F00", "s", (0, (6, 2, 1, 2))),
+    "oxa_full": ("#D55E00", "D", "-"), "length_matched": ("#009E73", "^", (0, (1, 1, 1, 1, 4, 1))),
+    "longest": ("#CC79A7", "P", (0, (5, 1, 1, 1, 1, 1))),
+}
+WHEN = {"before": "before RLVR", "after": "after RLVR"}
+
+
+def parse(argv=None):
+    p = c.make_parser(__doc__)
+    p.add_argument("run", metavar="RUN_DIR", help="directory of a run: RUN_DIR/seed-S/ARM/…")
+    p.add_argument("--out", default=None, help="where the report goes (without it: RUN_DIR/report)")
+    p.add_argument("--contrast", metavar="RUN_DIR2", default=None, help="a second run, shown side by side")
+    p.add_argument("--k", type=int, default=0, help="k of the claims about Pass@k (0: all samples drawn)")
+    p.add_argument("--card-hour-price", type=float, default=0.0, help="price of one process-hour (0: no cost column)")
+    return c.parse_args(p, "report", argv)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class Run:
+    """What a run left. evals[seed, arm, when] = (results.json, {benchmark: {pid: row of its problem table}})."""
+    path: Path
+    seeds: list
+    arms: list
+    benchmarks: list
+    evals: dict
+
+    def table(self, seed, arm, when, benchmark):
+        return self.evals[seed, arm, when][1][benchmark]
+
+
+def load_run(path) -> Run:
+    path, evals, arms = Path(path), {}, set()
+    folders = {int(p.name[5:]): p for p in path.glob("seed-*") if p.name[5:].isdigit()}
+    for seed, folder in sorted(folders.items()):
+        for arm in filter(Path.is_dir, folder.iterdir()):
+            if (arm / "train.meta.json").exists():
+                arms.add(arm.name)
+            for when, name in (("before", "eval"), ("after", "eval_rlvr")):
+                if (arm / name / "results.json").exists():
+                    results = json.loads((arm / name / "results.json").read_text())
+                    tables = {b: {row["pid"]: row for row in c.read_jsonl(arm / name / f"{b}.problems.jsonl")}
+                              for b in results["benchmarks"]}
+                    evals[seed, arm.name, when] = (results, tables)
+                    arms.add(arm.name)
+    if not evals:
+        c.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): run the pipeline first")
+    known = list(STYLES)
+    order = sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm))
+    benchmarks = list(dict.fromkeys(b for results, _ in evals.values() for b in results["benchmarks"]))
+    return Run(path, sorted({seed for seed, _, _ in evals}), order, benchmarks, evals)
+
+
+def read_metrics(path):
+    """metrics.jsonl of a training run -> list of rows; [] if there is none."""
+    return list(c.read_jsonl(path)) if path.exists() and path.stat().st_size else []
+
+
+# -------------------------------------------------------------------------------------------------- effects, verdicts
+
+
+def scores(row, what, k=0):
+    """One row of a problem table -> [K] numbers: Pass@k ("k": at `k`, or at k = n), the whole curve, entropy, tokens."""
+    n, n_correct = row["n"], row["n_correct"]
+    if what == "curve":
+        return c.pass_curve(n, n_correct)
+    if what in ("entropy", "mean_tokens"):
+        return [row[what]]
+    return [c.pass_at_k(n, n_correct, (k or n) if what == "k" else what)]
+
+
+def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0):
+    """Mean over seeds, problems and benchmarks of a measure of `arm`, or of its paired difference to `reference`.
+
+    -> {value, low, high ([K] each for a curve), seeds, benchmarks, n_problems}, or None where there is nothing to compare.
+    """
+    pair = [arm] if reference is None else [arm, reference]
+    seeds = [s for s in run.seeds if all((s, a, when) in run.evals for a in pair)]
+    benchmarks = [b for b in benchmarks or run.benchmarks
+                  if seeds and all(b in run.evals[s, a, when][1] for s in seeds for a in pair)]
+    if not benchmarks:
+        return None
+    groups, same = [], True
+    for b in benchmarks:
+        pids = [sorted(run.table(s, arm, when, b)) for s in seeds]
+        same &= all(p == pids[0] for p in pids)
+        for s, ids in zip(seeds, pids):
+            if reference and sorted(run.table(s, reference, when, b)) != ids:
+                c.die(f"{run.path}, seed {s}, {b}: {arm} and {reference} were evaluated on different problems")
+        read = lambda a: [np.array([scores(run.table(s, a, when, b)[pid], what, k) for pid in ids], dtype=float)
+                          for s, ids in zip(seeds, pids)]
+        groups.append([x - y for x, y in zip(read(arm), read(reference))] if reference else read(arm))
+    if any(np.isnan(x).any() for group in groups for x in group):      # entropy was not measured
+        return None
+    value, low, high = c.bootstrap(groups, same)
+    if what not in ("entropy", "mean_tokens"):
+        low, high = (np.clip(x, -1.0 if reference else 0.0, 1.0) for x in (low, high))
+    if what != "curve":
+        value, low, high = float(value[0]), float(low[0]), float(high[0])
+    return {"value": value, "low": low, "high": high, "seeds": len(seeds), "benchmarks": benchmarks,
+            "n_problems": sum(len(group[0]) for group in groups)}
+
+
+def verdict(effect):
+    if effect["high"] < SMALLEST_EFFECT:
+        return "not reproduced"
+    return "reproduced" if effect["low"] > 0 else "undecided"
+
+
+def both(first, second):
+    if "not reproduced" in (first, second):
+        return "not reproduced"
+    return "reproduced" if first == second == "reproduced" else "undecided"
+
+
+def judge_claims(run, arm, reference, k):
+    """{claim: {claim, value, low, high, seeds, n_problems, verdict, benchmarks: {name: the same}}}, "C4" as a whole too."""
+    found = {}
+    for name, (text, what, when) in CLAIMS.items():
+        effect = estimate(run, what, arm, reference, when, k=k)
+        if effect:
+            each = {b: estimate(run, what, arm, reference, when, [b], k) for b in effect["benchmarks"]}
+            found[name] = effect | {"claim": text, "verdict": verdict(effect), "benchmarks": each}
+    if {"C4, Pass@1", "C4, Pass@k"} <= set(found):
+        found["C4"] = {"claim": "C1 and C2 still hold after RLVR",
+                       "verdict": both(found["C4, Pass@1"]["verdict"], found["C4, Pass@k"]["verdict"])}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def number(x, digits=3, sign=False):
+    """0.476 [0.451, 0.502]"""
+    if x is None:
+        return "–"
+    form = f"{{:{'+' if sign else ''}.{digits}f}}"
+    return f"{form.format(x['value'])} [{form.format(x['low'])}, {form.format(x['high'])}]"
+
+
+def table(head, rows):
+    """A Markdown table, its columns as wide as they need to be, so that it reads well in a terminal too."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    line = lambda cells: "| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths)) + " |"
+    return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def named(text, label):
+    """Pass@k is called by its k."""
+    return text.replace("Pass@k", label)
+
+
+def claims_table(claims, label):
+    """`claims`: {(arm, reference): judge_claims(...)}"""
+    rows = []
+    for (arm, reference), found in claims.items():
+        for name in (*CLAIMS, "C4"):
+            if name in found:
+                e = found[name]
+                rows.append([named(name, label), named(e["claim"], label), f"{arm} − {reference}",
+                             *([number(e, sign=True), e["seeds"], e["n_problems"]] if "value" in e else ["both parts", "", ""]),
+                             e["verdict"]])
+    return table(["claim", "", "difference", "effect [95 %]", "seeds", "problems", "verdict"], rows)
+
+
+def benchmarks_table(claims, label):
+    """The same effects on each benchmark alone."""
+    rows = [[named(name, label), f"{arm} − {reference}", b, number(x, sign=True), x["n_problems"], verdict(x)]
+            for (arm, reference), found in claims.items() for name in CLAIMS if name in found
+            for b, x in found[name]["benchmarks"].items()]
+    return table(["claim", "difference", "benchmark", "effect [95 %]", "problems", "by the same rule"], rows)
+
+
+def arm_summary(run, k):
+    """{arm: {when: {benchmark or "average": {measure: {value, low, high}}}}}: what the tables are printed from."""
+    summary = {}
+    for arm in run.arms:
+        for when in WHEN:
+            for b in [*run.benchmarks, "average"]:
+                some = None if b == "average" else [b]
+                if b == "average" and len(run.benchmarks) == 1:
+                    continue
+                measures = {name: estimate(run, what, arm, None, when, some, k) for name, what in
+                            (("pass_at_1", 1), ("pass_at_k", "k"), ("entropy", "entropy"), ("mean_tokens", "mean_tokens"))}
+                if measures["pass_at_1"]:
+                    measures |= rates(run, arm, when, some or run.benchmarks)
+                    summary.setdefault(arm, {}).setdefault(when, {})[b] = measures
+    return summary
+
+
+def rates(run, arm, when, benchmarks):
+    """Shares over all responses of truncation and the like; means over seeds and benchmarks."""
+    found = [results["benchmarks"][b] for (_, a, w), (results, _) in run.evals.items() if (a, w) == (arm, when)
+             for b in benchmarks if b in results["benchmarks"]]
+    return {name: float(np.mean([r[name] for r in found]))
+            for name in ("truncation_rate", "no_answer_rate", "unknown_rate", "duplicate_rate")}
+
+
+def samples_label(run, benchmark, k):
+    """"Pass@32": the k at which a benchmark's Pass@k is given."""
+    if k:
+        return f"Pass@{k}"
+    drawn = {r["benchmarks"][b]["n_samples"] for r, _ in run.evals.values() for b in r["benchmarks"]
+             if benchmark in (b, "average")}
+    return f"Pass@{drawn.pop()}" if len(drawn) == 1 else "Pass@n"
+
+
+def arms_table(run, summary, benchmark, k):
+    """Arms by measures on one benchmark (or "average"), before and after RLVR."""
+    label = samples_label(run, benchmark, k)
+    after = any("after" in found for found in summary.values())
+    head = ["arm", "Pass@1", label, "entropy, nats", "tokens"]
+    head += [f"{name} after RLVR" for name in ("Pass@1", label, "entropy")] if after else []
+    rows = []
+    for arm, found in summary.items():
+        m, later = (found.get(when, {}).get(benchmark, {}) for when in WHEN)
+        tokens = f"{m['mean_tokens']['value']:.0f}" if m else "–"
+        cells = [number(m.get(name)) for name in ("pass_at_1", "pass_at_k", "entropy")]
+        rows.append([arm, *cells, tokens, *([number(later.get(name)) for name in ("pass_at_1", "pass_at_k", "entropy")]
+                                            if after else [])])
+    return table(head, rows)
+
+
+def rates_table(summary):
+    rows = [[arm, WHEN[when], b, *(f"{m[name]:.1%}" for name in ("truncation_rate", "no_answer_rate", "unknown_rate",
+                                                                "duplicate_rate")), f"{m['mean_tokens']['value']:.0f}"]
+            for arm, found in summary.items() for when, benchmarks in found.items()
+            for b, m in benchmarks.items() if b != "average"]
+    return table(["arm", "", "benchmark", "cut at the limit", "no answer", "could not be judged", "repeated", "tokens"], rows)
+
+
+def selection_table(run):
+    """Training sets of every arm, from the sidecars of `select`: means over seeds."""
+    rows = []
+    for arm in run.arms:
+        metas = [m for m in (c.read_meta(run.path / f"seed-{s}" / arm / "train.jsonl") for s in run.seeds) if m]
+        for name, label in (("ce", "cross entropy"), ("ul", "unlikelihood")):
+            sets = [m[name] for m in metas if name in m]
+            if sets:
+                mean = lambda read: float(np.mean([read(s) for s in sets]))
+                rows.append([arm, label, f"{mean(lambda s: s['actual']):,.0f}", f"{mean(lambda s: s['shortage']):,.0f}",
+                             f"{mean(lambda s: s['tokens']):,.0f}", *(f"{mean(lambda s: s['ppl_quantiles'][q]):.2f}"
+                                                                    for q in quantile_names(sets[0]["ppl_quantiles"]))])
+    return table(["arm", "set", "responses", "short by", "tokens", "perplexity, lower end", "median", "upper end"], rows) if rows else ""
+
+
+def quantile_names(quantiles):
+    """The names of the lowest, the middle and the highest of some quantiles."""
+    names = sorted(quantiles, key=float)
+    return names[0], names[len(names) // 2], names[-1]
+
+
+def time_table(run, price):
+    """Wall time by stage from the marks run_all.sh leaves (logs/…/NAME.done: the command, then its seconds)."""
+    stages = defaultdict(list)
+    for mark in sorted((run.path / "logs").rglob("*.done")):
+        command, _, rest = mark.read_text().partition("\n")
+        if rest.startswith("seconds "):
+            words = command.split()
+            ranks = math.prod(int(words[words.index(flag) + 1]) for flag in ("--nnodes", "--nproc_per_node")
+                              if words[0] == "torchrun" and flag in words)
+            stages[mark.stem].append((int(rest.split()[1]), ranks))
+    tokens = Counter()
+    for s in run.seeds:
+        for arm in run.arms:
+            for stage in ("sft", "rlvr"):
+                rows = read_metrics(run.path / f"seed-{s}" / arm / stage / "metrics.jsonl")
+                tokens[stage] += sum(row.get("tokens", 0) for row in rows)
+            for when, stage in (("before", "eval"), ("after", "eval_rlvr")):
+                if (s, arm, when) in run.evals:
+                    results = run.evals[s, arm, when][0]["benchmarks"].values()
+                    tokens[stage] += sum(r["n_responses"] * r["mean_tokens"] for r in results)
+    head = ["stage", "times run", "seconds, sum", "longest", "process-hours", "tokens"] + (["cost"] if price else [])
+    rows = []
+    for stage, runs in sorted(stages.items(), key=lambda item: -sum(s for s, _ in item[1])):
+        hours = sum(seconds * ranks for seconds, ranks in runs) / 3600
+        rows.append([stage, len(runs), sum(s for s, _ in runs), max(s for s, _ in runs), f"{hours:.2f}",
+                     f"{tokens[stage]:,.0f}" if tokens[stage] else "–", *([f"{hours * price:,.2f}"] if price else [])])
+    if rows:
+        hours = sum(float(row[4]) for row in rows)
+        rows.append(["all", sum(row[1] for row in rows), sum(row[2] for row in rows), "–", f"{hours:.2f}", "–",
+                     *([f"{hours * price:,.2f}"] if price else [])])
+    return table(head, rows) if rows else ""
+
+
+def provenance(run):
+    """Commits, versions, seeds and hashes of every sidecar of the run: (facts, {file: hash})."""
+    commits, versions, hashes, graders, models = Counter(), defaultdict(Counter), {}, Counter(), set()
+    for path in sorted(run.path.rglob("*.meta.json")):
+        meta = json.loads(path.read_text())
+        commits[meta.get("commit", "unknown")] += 1
+        for name, version in meta.get("versions", {}).items():
+            versions[name][version] += 1
+        hashes |= meta.get("inputs", {})
+        if meta.get("scorer"):
+            models.add(f"perplexity under {meta['scorer']}")
+    for results, _ in run.evals.values():
+        graders[results["grader"]] += 1
+    several = lambda counter: ", ".join(f"{name} ({n} files)" for name, n in counter.most_common())
+    facts = {"seeds": ", ".join(map(str, run.seeds)), "commit": several(commits), "grader": several(graders),
+             **{name: ", ".join(found) for name, found in versions.items()}, "scorer": ", ".join(sorted(models))}
+    return {name: text for name, text in facts.items() if text}, hashes
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def style(arm, run):
+    """Colour, marker and line of an arm; arms outside the paper share what is left, in a fixed order."""
+    if arm in STYLES:
+        return dict(zip(("color", "marker", "linestyle"), STYLES[arm]))
+    others = [a for a in run.arms if a not in STYLES]
+    place = others.index(arm)
+    return {"color": plt.cm.cividis(0.1 + 0.8 * place / max(len(others) - 1, 1)), "marker": "<>hp*d"[place % 6],
+            "linestyle": (0, (1 + place % 4, 1 + place // 4))}
+
+
+def panels(n, n_cols, width=9.0, height=2.9):
+    """[n] axes in a grid, the unused ones removed, and their figure."""
+    n_cols = min(n, n_cols)
+    n_rows = math.ceil(n / n_cols)
+    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height * n_rows + 0.5), squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
+    for ax in axes.flat[n:]:
+        ax.remove()
+    for ax in axes.flat[:n]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, list(axes.flat[:n])
+
+
+def save(figure, out, name, legend_from=()):
+    """PNG and SVG; the legend of all panels stands once, below them."""
+    handles = {}
+    for ax in legend_from:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    if handles:
+        n_cols = min(len(handles), 7 if max(map(len, handles)) < 15 else 3)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=n_cols, frameon=False, handlelength=3.2)
+    figure.savefig(out / f"{name}.png", dpi=150)
+    figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+    return name
+
+
+def figure_claims(worlds, label, out):
+    """Effects with their intervals: Pass@1 and Pass@k before and after RLVR on the left, entropy on the right.
+
+    worlds: [(title, run, {(arm, reference): claims})], a row of panels each.
+    """
+    figure, axes = panels(2 * len(worlds), 2, height=3.2)
+    for (title, run, claims), (left, right) in zip(worlds, zip(axes[::2], axes[1::2])):
+        for ax, names in ((left, [n for n in CLAIMS if n != "C3"]), (right, ["C3"])):
+            names = [n for n in names if any(n in found for found in claims.values())]
+            for i, (pair, found) in enumerate(claims.items()):
+                arm, reference = pair
+                color = style(arm if reference == REFERENCE else reference, run)["color"]
+                offset = (i - (len(claims) - 1) / 2) * 0.8 / max(len(claims), 1)
+                for row, name in enumerate(names):
+                    if name in found:
+                        e = found[name]
+                        ax.errorbar(e["value"], row + offset, xerr=[[e["value"] - e["low"]], [e["high"] - e["value"]]],
+                                    color=color, marker=style(arm, run)["marker"], markersize=5, linewidth=1.5, capsize=2.5,
+                                    markerfacecolor=color if reference == REFERENCE else "white", linestyle="none",
+                                    label=f"{arm} − {reference}")
+            ax.axvline(0, color="black", linewidth=0.9)
+            ax.set_yticks(range(len(names)), [named(n.replace(",", ""), label) + {
+                "C1": " Pass@1", "C2": f" {label}", "C3": " entropy"}.get(n, "\nafter RLVR") for n in names])
+            ax.set_ylim(len(names) - 0.4, -0.6)
+            ax.grid(axis="y", visible=False)
+        left.set_title(f"{title}: Pass@k", fontsize=10)
+        left.set_xlabel("difference of Pass@k (share of problems), 95 % interval")
+        right.set_title(f"{title}: entropy", fontsize=10)
+        right.set_xlabel("difference of policy entropy (nats), 95 % interval")
+    return save(figure, out, "claims", axes)
+
+
+def figure_perplexity(run, out):
+    """All verified teacher responses, the Gaussian target, and what each arm took of them (first seed that has it)."""
+    found = {}
+    for s in run.seeds:
+        for arm in run.arms:
+            path = run.path / f"seed-{s}" / arm / "train.jsonl"
+            if arm not in found and path.exists():
+                rows = [(row["ppl"], row["objective"]) for row in c.read_jsonl(path, {"objective": str}) if row["ppl"]]
+                found[arm] = (s, c.read_meta(path) or {}, rows)
+    gaussian = next((meta for arm in MAIN_ARMS[::-1] if (meta := found.get(arm, (0, {}, 0))[1]).get("bins")), None)
+    if not gaussian:
+        return None
+    edges = np.array([b["low"] for b in gaussian["bins"]] + [gaussian["bins"][-1]["high"]])
+    middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    available, target = (np.array([b[name] for b in gaussian["bins"]]) for name in ("available", "target"))
+    layers = [("all verified", "#b8b8b8", available)]
+    for arm, (_, _, rows) in found.items():
+        for objective in ("ce", "ul"):
+            counts = np.histogram([ppl for ppl, o in rows if o == objective], bins=edges)[0]
+            twin = arm == "oxa_full" and objective == "ce" and "oxa_mle" in found       # the same set as oxa_mle's
+            if counts.any() and not twin:
+                layers.append((arm if objective == "ce" else f"{arm},\nunlikelihood", style(arm, run)["color"], counts))
+    figure, axes = panels(len(layers), 1, width=8.0, height=0.8)
+    last = edges[min(len(edges) - 1, np.flatnonzero(available + target).max() + 3)]
+    for ax, (label, color, counts) in zip(axes, layers):
+        ax.bar(middle, counts, width=width, color=color)
+        if label in ("all verified", *MAIN_ARMS):
+            ax.plot(middle, target, color="black", linewidth=1.3, linestyle=(0, (3, 1.5)),
+                    label=f"target: Gaussian, μ = {gaussian['mu']:.2f}, σ = {gaussian['args']['sigma']}, n = {target.sum():,}")
+        ax.set_xlim(edges[0], last)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+        ax.text(0.995, 0.9, f"{counts.sum():,}", transform=ax.transAxes, ha="right", va="top", fontsize=8)
+        ax.tick_params(labelbottom=ax is axes[-1])
+    axes[0].set_title(f"responses per {width[0]:.2g} of perplexity (their number at the right)", fontsize=10)
+    axes[-1].set_xlabel("perplexity of the response under the base model")
+    return save(figure, out, "perplexity", axes[:1])
+
+
+def figure_pass_at_k(run, out):
+    """Pass@k of every arm with its interval, a panel for each benchmark, before and after RLVR."""
+    shown = [(when, b) for when in WHEN for b in run.benchmarks
+             if any(w == when and b in tables for (_, _, w), (_, tables) in run.evals.items())]
+    figure, axes = panels(len(shown), max(2, min(4, len(run.benchmarks))))
+    for ax, (when, b) in zip(axes, shown):
+        for arm in run.arms:
+            curve = estimate(run, "curve", arm, None, when, [b])
+            if curve:
+                k, look = np.arange(1, len(curve["value"]) + 1), style(arm, run)
+                ax.fill_between(k, curve["low"].clip(0, 1), curve["high"].clip(0, 1), color=look["color"], alpha=0.15, linewidth=0)
+                marks = [i for i in range(len(k)) if (i + 1) & i == 0]
+                ax.plot(k, curve["value"], label=arm, markersize=4.5, markevery=marks, linewidth=1.6, **look)
+                ax.set_xticks([2**i for i in range(len(k).bit_length())], [str(2**i) for i in range(len(k).bit_length())])
+                ax.set_xlim(0.9, len(k) * 1.1)
+        n = estimate(run, 1, next(a for a in run.arms if estimate(run, 1, a, None, when, [b])), None, when, [b])["n_problems"]
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_title(f"{b} ({n} problems), {WHEN[when]}", fontsize=10)
+        ax.set_xlabel("k (samples a problem)")
+        ax.set_ylabel("Pass@k")
+    return save(figure, out, "pass_at_k", axes)
+
+
+def figure_curves(run, stage, measures, title, out):
+    """Metrics over the steps of a stage: mean over seeds (running mean over a fiftieth of the steps), a panel a measure.
+
+    measures: {name in metrics.jsonl: axis label}.
+    """
+    curves = {}
+    for arm in run.arms:
+        runs = [read_metrics(run.path / f"seed-{s}" / arm / stage / "metrics.jsonl") for s in run.seeds]
+        runs = [rows for rows in runs if rows]
+        for name in measures:
+            series = [[row.get(name) for row in rows] for rows in runs]
+            series = [np.array(x, dtype=float) for x in series if any(v is not None for v in x)]
+            if series:
+                length = min(map(len, series))
+                curves.setdefault(name, {})[arm] = (np.array([row["step"] for row in runs[0]][:length]),
+                                                    np.array([x[:length] for x in series]))
+    if not curves:
+        return None
+    figure, axes = panels(len(curves), 2)
+    for ax, (name, arms) in zip(axes, curves.items()):
+        for place, (arm, (steps, x)) in enumerate(arms.items()):
+            window, look = max(1, len(steps) // 50 * 2 + 1), style(arm, run)
+            smooth = lambda y: np.convolve(y, np.ones(window), "same") / np.convolve(np.ones(len(y)), np.ones(window), "same")
+            ax.plot(steps, smooth(x.mean(axis=0)), label=arm, linewidth=1.5, markersize=4.5,
+                    markevery=((place + 1) * len(steps) // 60, max(1, len(steps) // 6)), **look)
+            if len(x) > 1:
+                ax.fill_between(steps, smooth(x.min(axis=0)), smooth(x.max(axis=0)), color=look["color"], alpha=0.12, linewidth=0)
+        ax.set_xlabel("optimizer step")
+        ax.set_ylabel(measures[name])
+        ax.set_ylim(bottom=0, top=None if max(x.max() for _, x in arms.values()) > 0 else 1)
+    figure.suptitle(title, fontsize=10)
+    return save(figure, out, stage, axes)
+
+
+def figure_lengths(run, out):
+    """Cumulative distribution of response lengths (what is missing at the limit was cut), and the share that was cut."""
+    figure, axes = panels(len(run.benchmarks) + 1, min(4, len(run.benchmarks) + 1))
+    for ax, b in zip(axes, run.benchmarks):
+        for arm in run.arms:
+            found = [r["benchmarks"][b] for (_, a, w), (r, _) in run.evals.items() if (a, w) == (arm, "before") and b in r["benchmarks"]]
+            if found:
+                grid = np.unique(np.concatenate([f["length_histogram"]["edges"] for f in found]))
+                share = np.mean([np.interp(grid, f["length_histogram"]["edges"], np.concatenate(
+                    [[0], np.cumsum(f["length_histogram"]["counts"])]) / f["n_responses"]) for f in found], axis=0)
+                inside = np.flatnonzero((share > 0.002) & (share < 0.998))
+                marks = inside[::max(1, len(inside) // 4)].tolist()
+                ax.plot(grid, share, label=arm, linewidth=1.5, markersize=4.5, markevery=marks, **style(arm, run))
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        shortest = min(line.get_xdata()[np.argmax(line.get_ydata() > 0)] for line in ax.lines) if ax.lines else 1
+        ax.set_xlim(left=max(1, shortest / 1.5))
+        ax.set_title(f"{b}, before RLVR", fontsize=10)
+        ax.set_xlabel("response length (tokens)")
+        ax.set_ylabel("share of responses at most this long")
+    ax, done = axes[-1], [(arm, when) for arm in run.arms for when in WHEN if any((s, arm, when) in run.evals for s in run.seeds)]
+    for place, (arm, when) in enumerate(done):
+        cut = rates(run, arm, when, run.benchmarks)["truncation_rate"] * 100
+        ax.barh(place, cut, color=style(arm, run)["color"], height=0.7, hatch="" if when == "before" else "///", edgecolor="white")
+        ax.text(cut, place, f" {cut:.1f}", va="center", fontsize=7)
+    ax.set_yticks(range(len(done)), [arm + ("" if when == "before" else ", RLVR") for arm, when in done], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(right=max(ax.get_xlim()[1] * 1.15, 1))
+    ax.set_title("cut at the limit, all benchmarks", fontsize=10)
+    ax.set_xlabel("responses cut (%)")
+    return save(figure, out, "lengths", axes[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def first_paragraph(run, claims):
+    """What was reproduced, in words, from the main comparison."""
+    (arm, reference), found = next(iter(claims.items()), ((None, None), {}))
+    if not found:
+        return "No claim can be judged: `sft` and an `oxa` arm are needed, evaluated on the same problems."
+    names = [n for n in ("C1", "C2", "C3", "C4") if n in found]
+    count = Counter(found[n]["verdict"] for n in names)
+    size = found[names[0]]
+    show = lambda n: f"{n} {found[n]['verdict']}" + (f" ({number(found[n], sign=True)})" if "value" in found[n] else "")
+    text = (f"**{count['reproduced']} of {len(names)} claims reproduced** for `{arm}` over `{reference}`: "
+            + "; ".join(map(show, names)) + f". {size['seeds']} seed{'s' * (size['seeds'] > 1)}, {size['n_problems']} problems "
+            f"({', '.join(run.benchmarks)}).")
+    if len(names) < 4:
+        text += " Not measured in this run: " + ", ".join(n for n in ("C1", "C2", "C3", "C4") if n not in found) + "."
+    if size["seeds"] == 1:
+        text += " **One seed: intervals are over problems only**, and say nothing of how another training run would end."
+    for (a, control), judged in claims.items():
+        if control in CONTROLS and a == arm:
+            text += f" Against the control `{control}`: " + ", ".join(
+                f"{n} {judged[n]['verdict']} ({judged[n]['value']:+.3f})" for n in ("C1", "C2") if n in judged) + "."
+    return text
+
+
+def contrast_table(worlds):
+    """The main comparison in two worlds, side by side."""
+    rows = []
+    for name, (text, _, _) in CLAIMS.items():
+        cells = []
+        for _, _, claims in worlds:
+            e = next(iter(claims.values()), {}).get(name)
+            cells += [number(e, sign=True), e["verdict"]] if e else ["–", "–"]
+        rows.append([name, text, *cells])
+    return table(["claim", "", *(x for title, _, _ in worlds for x in (title, "verdict"))], rows)
+
+
+def explanation(run, out):
+    """The sections of RUN_DIR/explain.json; their figures are copied beside the report's own."""
+    path, parts = run.path / "explain.json", []
+    for section in json.loads(path.read_text()) if path.exists() else []:
+        parts += [f"### {section['title']}", section.get("text", "")]
+        if section.get("rows"):
+            show = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
+            parts.append(table(section["columns"], [[show(x) for x in row] for row in section["rows"]]))
+        for figure in section.get("figures", []):
+            source = run.path / figure["file"]
+            if not source.exists():
+                c.die(f"{path} names the figure {figure['file']}, which is not there")
+            if source.parent.resolve() != (out / "figures").resolve():
+                shutil.copy(source, out / "figures" / source.name)
+            parts.append(f"![{figure['caption']}](figures/{source.name})\n\n*{figure['caption']}*")
+    return [part for part in parts if part]
+
+
+def main(argv=None):
+    args = parse(argv)
+    run = load_run(args.run)
+    out = Path(args.out or run.path / "report")
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    matplotlib.rcParams.update({"font.size": 9, "svg.hashsalt": "report", "svg.fonttype": "none"})
+    k, title = args.k, run.path.resolve().name
+    pairs = [(arm, ref) for ref in (REFERENCE, *CONTROLS) for arm in MAIN_ARMS]
+    judge = lambda r: {pair: found for pair in pairs if (found := judge_claims(r, *pair, k))}
+    claims, summary = judge(run), arm_summary(run, k)
+    label = samples_label(run, "average", k)
+    worlds = [(title, run, claims)]
+    if args.contrast:
+        other = load_run(args.contrast)
+        worlds.append((other.path.resolve().name, other, judge(other)))
+
+    drawn = [figure_claims(worlds, label, out / "figures") if claims else None, figure_perplexity(run, out / "figures"),
+             figure_pass_at_k(run, out / "figures"),
+             figure_curves(run, "sft", {"ce_loss": "cross entropy (nats per token)", "ul_loss": "unlikelihood (nats per token)",
+                                        "entropy_ce": "entropy, CE tokens (nats)", "entropy_ul": "entropy, UL tokens (nats)"},
+                           "supervised fine-tuning", out / "figures"),
+             figure_curves(run, "rlvr", {"reward": "mean reward", "entropy": "policy entropy (nats)", "response_tokens_mean":
+                                         "response length (tokens)", "truncated": "share cut at the limit"},
+                           "reinforcement learning (GRPO)", out / "figures"),
+             figure_lengths(run, out / "figures")]
+    image = lambda name, caption: f"![{caption}](figures/{name}.png)\n\n*{caption}*" if name in drawn else ""
+    time = time_table(run, args.card_hour_price)
+    facts, hashes = provenance(run)
+    hashes = dict(sorted((short_path(name, run), digest) for name, digest in hashes.items()))
+    main_table = arms_table(run, summary, "average" if len(run.benchmarks) > 1 else run.benchmarks[0], k)
+    several = "; the band is from the lowest to the highest seed" if len(run.seeds) > 1 else ""
+    against_sft, against_controls = ({pair: found for pair, found in claims.items() if (pair[1] == REFERENCE) == plain}
+                                     for plain in (True, False))
+    parts = [
+        f"# {title}: what was reproduced", first_paragraph(run, claims),
+        image("claims", f"Effects with 95 % intervals. Filled: against `{REFERENCE}`; hollow: `oxa` against a control."),
+        "## Claims", claims_table(against_sft, label) if against_sft else "", verdict_rule(),
+        *(["### Against the controls", CONTROLS_TEXT, claims_table(against_controls, label)] if against_controls else []),
+        *(["### On each benchmark", benchmarks_table(claims, label)] if claims and len(run.benchmarks) > 1 else []),
+        "## Arms", f"Means over seeds{' and benchmarks (equal weight)' if len(run.benchmarks) > 1 else ''} with 95 % intervals over "
+        f"problems and seeds. Pass@k is the unbiased estimate.", main_table,
+        *(x for b in run.benchmarks if len(run.benchmarks) > 1
+          for x in (f"### {b} ({estimate_size(run, b)} problems)", arms_table(run, summary, b, k))),
+        image("pass_at_k", "Pass@k for every k, with 95 % bands over problems and seeds."),
+        *(["## Two worlds", contrast_table(worlds)] if args.contrast else []),
+        *(["## Why", *explanation(run, out)] if (run.path / "explain.json").exists() else []),
+        "## Training sets", selection_table(run),
+        image("perplexity", f"What each arm trains on (seed {run.seeds[0]}). Lower panel: logarithmic above 10."),
+        "## Training", image("sft", f"Losses and entropies while fine-tuning, means over seeds{several}."),
+        image("rlvr", f"GRPO: reward, entropy, length and truncation, means over seeds{several}."),
+        "## Lengths and what went wrong", image("lengths", "Response lengths at evaluation, and what was cut at the limit."),
+        rates_table(summary),
+        "## Time" if time else "", time, "Seconds are wall time of commands that may have run side by side; a process is a card on "
+        "GPUs. Tokens: trained on (sft, rlvr), generated (eval)." if time else "",
+        "## Where this comes from", table(["", ""], facts.items()),
+        f"Inputs of seed {run.seeds[0]} (all of them, in full: summary.json):",
+        table(["input", "sha256"], [[f"`{name}`", f"`{digest[:12]}`"] for name, digest in hashes.items()
+                                    if not any(f"seed-{s}/" in name for s in run.seeds[1:])]),
+    ]
+    with c.replace_file(out / "REPORT.md") as file:
+        file.write("\n\n".join(part for part in parts if part) + "\n")
+    with c.replace_file(out / "summary.json") as file:
+        json.dump({"schema": "summary", "schema_version": c.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
+                   "benchmarks": {b: estimate_size(run, b) for b in run.benchmarks}, "k": k or "n", "pass_at_k_label": label,
+                   "smallest_effect": SMALLEST_EFFECT,
+                   "claims": [{"world": name, "arm": arm, "reference": ref, "claims": found}
+                              for name, _, judged in worlds for (arm, ref), found in judged.items()],
+                   "arms": summary, "provenance": facts, "inputs": hashes},
+                  file, indent=1)
+    print(main_table, claims_table(against_sft, label) if against_sft else "", first_paragraph(run, claims),
+          f"report: {out / 'REPORT.md'}", sep="\n\n")
+
+
+CONTROLS_TEXT = ("Not in the paper. `length_matched`: random responses with the lengths of `oxa_mle`'s; `longest`: the longest "
+                 "response of each query. A lead over them is owed to perplexity, not to length.")
+
+
+def verdict_rule():
+    return (f"*not reproduced*: the whole interval lies below {SMALLEST_EFFECT} (one point; for entropy {SMALLEST_EFFECT} nats); "
+            "*reproduced*: otherwise, if the whole interval lies above 0; *undecided*: otherwise. C4 holds if both of its parts do. "
+            "Differences are paired by problem and seed; benchmarks weigh alike; intervals: bootstrap over problems and seeds.")
+
+
+def estimate_size(run, benchmark):
+    """Problems of a benchmark (of one seed)."""
+    return next(len(tables[benchmark]) for _, tables in run.evals.values() if benchmark in tables)
+
+
+def short_path(name, run):
+    """An input's path without what lies above the run or the project: reports do not tell where a machine keeps things."""
+    path = Path(name)
+    for above in (run.path.resolve(), Path(__file__).parent):
+        if path.is_absolute() and path.is_relative_to(above):
+            return str(path.relative_to(above))
+    return str(path) if not path.is_absolute() else "/".join(path.parts[-3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""report.py on a run made of the real schemas: its numbers against independent ones, and every part it may have to miss."""
+
+import importlib
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common as c
+import report
+
+evaluate, prepare = importlib.import_module("05_eval"), importlib.import_module("02_verify_score")
+
+RATES = {"base": .05, "sft": .1, "sft_lp": .06, "oxa_mle": .4, "oxa_full": .45, "length_matched": .12, "longest": .3}
+N, N_PROBLEMS = 8, {"id": 40, "hard": 30}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Problems:
+    """What 05 knows of a benchmark, without its file."""
+
+    def __init__(self, name):
+        self.name, self.pids = name, [f"{name}-{i}" for i in range(N_PROBLEMS[name])]
+
+
+def write_eval(folder, rate, rng, entropy=True):
+    """An evaluation as 05 leaves it, through its own functions: problems of very different difficulty."""
+    results = {"model": "m", "grader": "verifier.py sha256:0", "seconds": {"generate": 1.0, "entropy": 0.5}, "benchmarks": {}}
+    for bench in map(Problems, N_PROBLEMS):
+        level = rate * (1 if bench.name == "id" else 0.5)
+        rows = [{"pid": pid, "k": k, "response": str(rng.integers(5)), "n_tokens": int(rng.lognormal(4, 0.4)) + 1,
+                 "finish": "length" if rng.random() < 0.05 else "stop", "predicted": "1",
+                 "correct": bool(rng.random() < p), "status": "ok"}
+                for pid in bench.pids for p in [rng.beta(level * 2, (1 - level) * 2)] for k in range(N)]
+        measured = {pid: {"entropy": rate + rng.normal() * 0.05, "n_entropy_tokens": 100} for pid in bench.pids} if entropy else {}
+        table = evaluate.problem_table(bench, rows, measured)
+        write_rows(folder / f"{bench.name}.problems.jsonl", table)
+        results["benchmarks"][bench.name] = evaluate.summarise(rows, table)
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "id.meta.json").write_text(json.dumps(
+        {"schema": "eval", "commit": "abc", "versions": {"torch": "2"}, "inputs": {"/somewhere/on/a/machine/data/id.jsonl": "f" * 64}}))
+
+
+def write_run(path, seeds=(0, 1), arms=tuple(RATES), rlvr=("sft", "oxa_full"), entropy=True, rates=RATES):
+    rng = np.random.default_rng(7)
+    for seed in seeds:
+        folder = path / f"seed-{seed}"
+        styles = rng.choice([1.6, 2.4, 3.1, 4.5], size=1200)
+        scored = [{"sid": f"q{i // 4}:t:{i % 4}", "pid": f"q{i // 4}", "source": "t", "k": i % 4, "seed": None, "problem": "p",
+                   "response": "r", "n_tokens": int(rng.integers(20, 90)), "finish": "stop", "predicted": "1",
+                   "correct": bool(rng.random() < 0.9), "status": "ok", "nll_sum": 1.0, "n_scored": 9,
+                   "ppl": float(s * np.exp(rng.normal() * 0.06)), "scorer": "base", "ppl_context": "none"}
+                  for i, s in enumerate(styles)]
+        teacher = write_rows(folder / "data" / "teacher.scored.jsonl", scored)
+        for arm in arms:
+            if arm != "base":
+                prepare.main(["select", "--arm", arm, "--teacher", str(teacher), "--self", str(teacher), "--out",
+                              str(folder / arm / "train.jsonl"), "--n-ce", "150", "--n-ul", "40", "--mu-quantile", "0.6"])
+                write_rows(folder / arm / "sft" / "metrics.jsonl", [
+                    {"step": i + 1, "ce_loss": 2 / (1 + i / 20) + rng.normal() * 0.02, "tokens": 1000,
+                     "ul_loss": 0.3 + rng.normal() * 0.01 if arm == "oxa_full" else None,
+                     "entropy_ce": RATES[arm] + 1 / (1 + i / 20), "entropy_ul": None} for i in range(60)])
+            write_eval(folder / arm / "eval", rates[arm], rng, entropy)
+            if arm in rlvr:
+                write_eval(folder / arm / "eval_rlvr", rates[arm] + 0.2, rng, entropy)
+                write_rows(folder / arm / "rlvr" / "metrics.jsonl", [
+                    {"step": i + 1, "reward": rates[arm] + i / 200, "entropy": 0.5 - i / 200, "response_tokens_mean": 60 + i,
+                     "truncated": 0.1, "tokens": 500} for i in range(40)])
+    for name, seconds in (("seed-0/score-teacher", 30), ("seed-0/sft/sft", 60), ("seed-1/sft/sft", 90)):
+        mark = path / "logs" / f"{name}.done"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        launcher = "torchrun --standalone --nproc_per_node 2" if "sft" in name else "python"
+        mark.write_text(f"{launcher} script.py --out x\nseconds {seconds}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = write_run(tmp_path_factory.mktemp("run"))
+    report.main([str(path)])
+    return path
+
+
+def summary_of(path):
+    return json.loads((path / "report" / "summary.json").read_text())
+
+
+def text_of(path):
+    return (path / "report" / "REPORT.md").read_text()
+
+
+def independent(path, arm, when, measure, benchmark, seeds=(0, 1)):
+    """Mean over seeds and problems, from the problem tables alone."""
+    total = []
+    for seed in seeds:
+        for line in (path / f"seed-{seed}" / arm / when / f"{benchmark}.problems.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            n, wrong = row["n"], row["n"] - row["n_correct"]
+            total.append(row["entropy"] if measure == "entropy" else 1 - math.comb(wrong, measure) / math.comb(n, measure))
+    return sum(total) / len(total)
+
+
+def test_numbers_equal_independent_ones(run):
+    found = summary_of(run)
+    assert found["benchmarks"] == {"id": 40, "hard": 30} and found["seeds"] == [0, 1] and found["pass_at_k_label"] == "Pass@8"
+    for arm in RATES:
+        for name, measure in (("pass_at_1", 1), ("pass_at_k", N), ("entropy", "entropy")):
+            each = [independent(run, arm, "eval", measure, b) for b in ("id", "hard")]
+            shown = found["arms"][arm]["before"]
+            assert shown["id"][name]["value"] == pytest.approx(each[0], abs=1e-12)
+            assert shown["average"][name]["value"] == pytest.approx(sum(each) / 2, abs=1e-12)
+    main = next(x for x in found["claims"] if (x["arm"], x["reference"]) == ("oxa_full", "sft"))["claims"]
+    for claim, when, measure in (("C1", "eval", 1), ("C2", "eval", N), ("C3", "eval", "entropy"),
+                                 ("C4, Pass@1", "eval_rlvr", 1), ("C4, Pass@k", "eval_rlvr", N)):
+        gain = np.mean([independent(run, "oxa_full", when, measure, b) - independent(run, "sft", when, measure, b)
+                        for b in ("id", "hard")])
+        assert main[claim]["value"] == pytest.approx(gain, abs=1e-12)
+        assert main[claim]["low"] < gain < main[claim]["high"]
+        assert f"{gain:+.3f} [{main[claim]['low']:+.3f}, {main[claim]['high']:+.3f}]" in text_of(run)
+
+
+def test_text_shows_the_summary(run):
+    text, found = text_of(run), summary_of(run)
+    value = found["arms"]["oxa_full"]["before"]["average"]["pass_at_1"]
+    arms = text.split("## Arms")[1].split("###")[0]
+    assert f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" in arms
+    main = next(x for x in found["claims"] if (x["arm"], x["reference"]) == ("oxa_full", "sft"))["claims"]
+    n_good = sum(main[name]["verdict"] == "reproduced" for name in ("C1", "C2", "C3", "C4"))
+    assert n_good >= 3 and f"**{n_good} of 4 claims reproduced**" in text and "2 seeds, 70 problems (id, hard)" in text
+
+
+def test_everything_the_text_shows_is_there(run):
+    images = re.findall(r"\]\((figures/[^)]+)\)", text_of(run))
+    assert len(images) == 6
+    for image in images:
+        assert (run / "report" / image).stat().st_size > 5000
+        assert (run / "report" / image).with_suffix(".svg").exists()
+    assert "/somewhere" not in text_of(run) + (run / "report" / "summary.json").read_text()
+
+
+def test_time_counts_ranks(run):
+    line = next(line for line in text_of(run).split("## Time")[1].splitlines() if line.startswith("| sft "))
+    assert [cell.strip() for cell in line.split("|")][2:6] == ["2", "150", "90", f"{150 * 2 / 3600:.2f}"]
+
+
+def test_interval_of_a_difference_is_paired(tmp_path):
+    """Two arms that differ by one solved sample on every problem: the difficulty of the problems is no doubt about the gain."""
+    write_run(tmp_path, arms=("sft",), rlvr=())
+    for seed in (0, 1):
+        shutil.copytree(tmp_path / f"seed-{seed}" / "sft", tmp_path / f"seed-{seed}" / "oxa_full")
+        for b in N_PROBLEMS:
+            for arm, gain in (("sft", 0), ("oxa_full", 1)):
+                path = tmp_path / f"seed-{seed}" / arm / "eval" / f"{b}.problems.jsonl"
+                write_rows(path, [dict(row, n_correct=min(row["n_correct"], N - 1) + gain) for row in c.read_jsonl(path)])
+    e = report.estimate(report.load_run(tmp_path), 1, "oxa_full", "sft")
+    assert (e["value"], e["low"], e["high"]) == pytest.approx((1 / N,) * 3)
+
+
+@pytest.mark.parametrize("low, high, expected", [(0.02, 0.1, "reproduced"), (-0.01, 0.1, "undecided"), (-0.1, 0.005, "not reproduced"),
+                                                 (0.001, 0.005, "not reproduced"), (0.0, 0.02, "undecided")])
+def test_verdict_rule(low, high, expected):
+    assert report.verdict({"low": low, "high": high}) == expected
+
+
+def test_both_parts_of_c4():
+    assert report.both("reproduced", "reproduced") == "reproduced"
+    assert report.both("reproduced", "undecided") == "undecided"
+    assert report.both("undecided", "not reproduced") == "not reproduced"
+
+
+@pytest.mark.parametrize("arms, rlvr, seeds, entropy, sentence", [
+    (("sft", "oxa_full"), (), (0, 1), True, "Not measured in this run: C4"),
+    (("base", "sft", "oxa_mle"), (), (3,), True, "One seed"),
+    (("sft", "oxa_full"), ("oxa_full",), (0,), False, "Not measured in this run: C3, C4"),
+    (("sft",), (), (0,), True, "No claim can be judged"),
+    (("base",), (), (0,), True, "No claim can be judged"),
+    (("oxa_mle", "longest"), (), (0, 1), True, "Against the control `longest`"),
+])
+def test_missing_parts(tmp_path, arms, rlvr, seeds, entropy, sentence):
+    write_run(tmp_path, seeds, arms, rlvr, entropy)
+    report.main([str(tmp_path)])
+    assert sentence in text_of(tmp_path) and "nan" not in text_of(tmp_path)
+
+
+def test_missing_logs_and_training_sets(tmp_path):
+    write_run(tmp_path)
+    shutil.rmtree(tmp_path / "logs")
+    for path in [*tmp_path.rglob("train*"), *tmp_path.rglob("metrics.jsonl")]:
+        path.unlink()
+    report.main([str(tmp_path)])
+    assert "## Time" not in text_of(tmp_path) and "perplexity.png" not in text_of(tmp_path)
+
+
+def test_contrast_and_explanation(run, tmp_path):
+    reversed_rates = {**RATES, "sft": .6, "oxa_full": .3, "oxa_mle": .3}
+    write_run(tmp_path / "easy", (0,), ("sft", "oxa_full"), (), rates=reversed_rates)
+    shutil.copytree(run, tmp_path / "hard")
+    (tmp_path / "hard" / "explain.json").write_text(json.dumps([
+        {"title": "Which strategies", "text": "Chosen and executed.", "columns": ["arm", "chosen"], "rows": [["sft", 0.25]],
+         "figures": [{"file": "report/figures/lengths.png", "caption": "Again."}]}]))
+    report.main([str(tmp_path / "hard"), "--contrast", str(tmp_path / "easy"), "--k", "4", "--card-hour-price", "2"])
+    text = text_of(tmp_path / "hard")
+    assert "## Two worlds" in text and "### Which strategies" in text and "| sft | 0.250" in text and "| cost" in text
+    row = next(line for line in text.split("## Two worlds")[1].splitlines() if line.startswith("| C1"))
+    assert "not reproduced" in row and "| reproduced" in row and "Pass@4" in text
+    assert {x["world"] for x in summary_of(tmp_path / "hard")["claims"]} == {"hard", "easy"}
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "holds no evaluation" in capsys.readouterr().err
+    write_run(tmp_path, (0,), ("sft", "oxa_full"), ())
+    path = tmp_path / "seed-0" / "sft" / "eval" / "id.problems.jsonl"
+    write_rows(path, list(c.read_jsonl(path))[1:])
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "different problems" in capsys.readouterr().err
