@@ -129,22 +129,25 @@ def configuration(argv=None):
 
 # ---------------------------------------------------------------- rows without their text, and blocks to resume at
 
-KEY = b'"response": "'
+KEY, NEXT = b'"response": "', b'", "'
 
 
 def without_text(line: bytes) -> bytes:
     """A JSON row with its response emptied, so that parsing it does not depend on the length of the text.
 
-    Inside a JSON string every quote is escaped, so KEY is found only as a key, and the string it opens ends at the
-    first quote behind an even number of backslashes. A row in any other spelling is returned as it is.
+    Inside a JSON string every quote has a backslash before it, so KEY is found only as a key, and NEXT (the end of a
+    string, and the key that follows) not inside one: at most its first quote is the text's own, behind an odd number of
+    backslashes. A row in another spelling is returned as it is.
     """
     start = line.find(KEY)
     if start < 0 or line[start - 1:start] == b"\\":
         return line
     start = end = start + len(KEY)
-    while (end := line.find(b'"', end)) >= 0:
-        n_backslashes = end - start - len(line[start:end].rstrip(b"\\"))
-        if n_backslashes % 2 == 0:
+    while (end := line.find(NEXT, end)) >= 0:
+        before = end
+        while line[before - 1] == ord("\\"):
+            before -= 1
+        if (end - before) % 2 == 0:
             return line[:start] + line[end:]
         end += 1
     return line
@@ -158,7 +161,7 @@ def light_rows(path, fields: dict):
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(without_text(line))
+                row = json.loads(without_text(line).decode())
             except ValueError as error:
                 die(f"{path}:{number}: not valid JSON ({error}); mend or remove this line")
             if not isinstance(row, dict):
