@@ -50,8 +50,8 @@ COMMANDS = {rf"\{name}" for name in [*FUNCTIONS, *"frac binom sqrt sum prod int 
 FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne", "=": "="}
 INFIX = {"\n": 1, "&": 2, ",": 3, ";": 3, r"\in": 4, r"\approx": 4, r"\cup": 5, ":": 6, "+": 7, "-": 7, "/": 8, r"\div": 8, r"\cdot": 8,
          r"\times": 8} | dict.fromkeys(FLIP, 4)                                  # how tightly they bind; factors side by side as \cdot
-NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\text\{[^{}]*\}|(\\[a-zA-Z]+)(?:\{[a-zA-Z]+\}|[A-Z]+)?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*"
-                  r"(?:\([^()]*\))?|\|[A-Z]+\|")
+NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*(?:\([^()]*\))?"
+                  r"|\|[A-Z]+\||[a-z](?:\+[a-z])+")
 STRUCTURES = {"set", "union", "named", ":", "base", "()", "(]", "[)", "[]", r"\langle\rangle"}
 TWO, INFINITY, MINUS_INFINITY = ("num", Fraction(2)), ("sym", r"\infty"), ("neg", ("sym", r"\infty"))
 
@@ -125,8 +125,8 @@ class Parser:
     def name(self, start):
         """The text since `start`, if it can be the name of a value: x, x_1, f(x), AB, \\theta."""
         text = "".join(self.tokens[start:self.at])
-        match = NAME.fullmatch(text)
-        return text if match and (match[1] or r"\pi") in SYMBOLS | ACCENTS and text != r"\infty" else ""
+        command = self.tokens[start] if self.tokens[start][0] == "\\" else r"\pi"
+        return text if NAME.fullmatch(text) and command in SYMBOLS | ACCENTS | {r"\text"} and text != r"\infty" else ""
 
     def power(self):
         tree = self.primary()
@@ -170,6 +170,8 @@ class Parser:
             return self.number(token)
         if not (token.isalpha() and token.isascii() or token in SYMBOLS | ACCENTS):
             raise Unreadable(token)
+        if token == r"\R":
+            return ("()", MINUS_INFINITY, INFINITY)
         name = f"{token} {self.raw()}" if token in ACCENTS else token
         while self.peek() in ("'", "_"):
             name += self.take()
@@ -194,7 +196,7 @@ class Parser:
     def number(self, token):
         limit("bits", 4 * abs(int(re.split("[eE]", token + "e0")[1])))
         number = Fraction(token)
-        if self.peek() == r"\overline" and "." in token:
+        if self.peek() in (r"\overline", r"\bar") and "." in token:
             period = self.take() and self.raw()
             if not period.isdigit():
                 raise Unreadable("a bar over no digits")
@@ -211,10 +213,11 @@ class Parser:
         start = self.at
         match token[1:]:
             case "frac":
-                over, under = self.raw(), self.raw()
-                if re.match(r"(d(?![_^]\{?[^0-9])|\\partial)", over) and re.fullmatch(r"(d|\\partial)\\?[a-zA-Z]+(\^[0-9])?", under):
-                    return ("sym", f"{over}/{under}")                                               # a derivative
-                self.at = start
+                if self.peek() == "{" and self.peek(1) in ("d", r"\partial") and self.peek(2) != "_":
+                    over, under = self.raw(), self.raw()
+                    if re.fullmatch(r"(d|\\partial)\\?[a-zA-Z]+(\^[0-9])?", under):
+                        return ("sym", f"{over}/{under}")                                           # a derivative
+                    self.at = start
                 return ("/", self.digit(), self.digit())
             case "binom":
                 return ("binomial", self.digit(), self.digit())
@@ -303,6 +306,7 @@ def relate(sides, names, ops):
         if left[0] == right[0] == "()" and len(left) == len(right) and all(side[0] == "sym" for side in left[1:]):
             return ("named", *(("=", name, part, name[1]) for name, part in zip(left[1:], right[1:])))
         return ("=", left, right, names[0])
+    names = ["" if "+" in name else name for name in names]
     if len(ops) == 2 and set(ops) <= {">", r"\ge"} or len(ops) == 1 and names[1] and not names[0]:
         sides, names, ops = sides[::-1], names[::-1], [FLIP.get(op, op) for op in ops[::-1]]
     if len(ops) == 2 and names[1] and set(ops) <= {"<", r"\le"}:
@@ -340,6 +344,17 @@ def lift(*values):
 
 def inexact(x):
     return lift(x, mp.one)[0]
+
+
+def charged(result, work=1):
+    """The result of an operation, after its size and its work are counted."""
+    bits = max(result.numerator.bit_length(), result.denominator.bit_length()) if isinstance(result, Fraction) else 0
+    limit("bits", bits)
+    spent[0] += work + (bits // 4000) ** 2
+    limit("work", spent[0])
+    if isinstance(result, (mp.mpf, mp.mpc)) and not mp.isfinite(result):
+        raise Undefined("infinite")
+    return result
 
 
 def reciprocal(x):
@@ -397,7 +412,8 @@ def numeric(name):
 
 
 OPERATIONS = {
-    "+": lambda *xs: functools.reduce(operator.add, lift(*xs)), "*": lambda *xs: functools.reduce(operator.mul, lift(*xs)),
+    "+": lambda *xs: functools.reduce(lambda a, b: charged(a + b), lift(*xs)),
+    "*": lambda *xs: functools.reduce(lambda a, b: charged(a * b), lift(*xs)),
     "/": lambda a, b: operator.mul(*lift(a, reciprocal(b))), "inv": reciprocal, "neg": operator.neg, "abs": abs, "^": power,
     "!": factorial, "binomial": binomial, "floor": rounded("floor"), "ceil": rounded("ceil"), "det": mp.det,
     "percent": lambda x: operator.mul(*lift(x, Fraction(1, 100))), "degree": lambda x: inexact(x) * mp.pi / 180,
@@ -439,14 +455,7 @@ def value(tree, point):
     matrices = sum(isinstance(v, mp.matrix) for v in values)
     if matrices and kind not in ("*", "^", "neg", "det") and (kind != "+" or matrices < len(values)):
         raise Unreadable(f"{kind} of a matrix")
-    result = OPERATIONS[kind](*values)
-    bits = max(result.numerator.bit_length(), result.denominator.bit_length()) if isinstance(result, Fraction) else 0
-    limit("bits", bits)
-    spent[0] += len(args) * (1 + (bits // 4000) ** 2) + 8 * (kind == "^" or kind in FUNCTIONS) + len(args) ** 2 * (kind == "det")
-    limit("work", spent[0])
-    if isinstance(result, (mp.mpf, mp.mpc)) and not mp.isfinite(result):
-        raise Undefined(kind)
-    return result
+    return charged(OPERATIONS[kind](*values), 8 if kind == "^" or kind in FUNCTIONS else 1)
 
 
 def agree(first, second):

@@ -76,8 +76,9 @@ def extract(response):
 UNICODE = str.maketrans({c: name + " " for c, name in GREEK.items()} | dict(zip("−–—÷⁄º′’€£¥", "---//°''   ")) | {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
     "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\R ", "√": r"\sqrt ", "½": r"\frac12 ",
-    "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 "} | {c: f"^{{{k}}}" for k, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")})
+    "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 "})
 END = "(?![a-zA-Z])"
+FONTS = rf"(?:mathbf|boldsymbol|bm|mathit|mathsf|mathcal|mathbb *(?=\{{ *[^R ])|pmb|bf|it|rm){END}"
 TEXT = r"\\text *\{([^{}]*)\}"
 POWER_OF_TEN = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 RULES = [(re.compile(pattern), new) for pattern, new in [
@@ -85,12 +86,12 @@ RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\\\", "\n"),                                                                            # the end of a row
     (r"\\?\$|\\[()\[\]]", ""),
     (rf"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|large|Large|boxed|fbox){END}", " "),
-    (rf"\\(?:mathbf|boldsymbol|bm|mathit|mathsf|mathcal|mathbb *(?=\{{[^R])|pmb|bf|it|rm){END}", " "),
+    (rf"\\{FONTS} *\{{ *([a-zA-Z]) *\}}|\\{FONTS}", r" \1"),
     (rf"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|op)|mbox|hbox|operatorname\*?){END}", r"\\text"),
     (r"\\text *\{([^{}a-zA-ZµΩÅ]*)\}", r"\1"),                                                  # \text{204}
     (rf"^\s*\\text *\{{ *\(? *([a-zA-Z]) *\)? *\}} *$|\\text *\{{ *([eid]) *\}}", r" \1\2"),    # \text{(B)}, \mathrm{e}
     (rf"\\text *\{{ *({'|'.join(FUNCTIONS)}) *\}}", r"\\\1 "),
-    (rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|pi|sqrt|infty)(?![a-z])", r"\\\1 "),               # plain sqrt(2)
+    (rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi(?![a-z])|infty(?![a-z]))(?= *[^a-z ]|$| +[a-z])", r"\\\1 "),               # plain sqrt(2)
     (r"(?<![0-9.])[0-9]{1,3}(?:(?:\{,\}|,?\\!|\\[,;: ]|~| )[0-9]{3})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
     (rf"\\[,;:! ]|~|\\(?:quad|qquad|enspace|thinspace){END}", " "),
     (r"\\([%#&_])", r"\1"),
@@ -98,7 +99,9 @@ RULES = [(re.compile(pattern), new) for pattern, new in [
     (rf"\\leq(?:slant)?{END}|<=", r"\\le "), (rf"\\geq(?:slant)?{END}|>=", r"\\ge "), (rf"\\neq{END}|!=", r"\\ne "),
     (rf"\\lt{END}", "<"), (rf"\\gt{END}", ">"), (rf"\\colon{END}", ":"), (rf"\\(?:sim|simeq|cong|equiv){END}", r"\\approx "),
     (rf"\\[lr]?vert{END}|\\mid{END}", "|"), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\varnothing|\\\{ *\\\}", r"\\emptyset "),
-    (r"\\var(?=epsilon|phi|theta|rho)", r"\\"), (r"\*\*", "^"), (rf"\\(?:ast|star|cdotp|bullet){END}|\*", r"\\cdot "),
+    (r"\\var(?=epsilon|phi|theta|rho)", r"\\"), (r"\*\*", "^"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\n *(?=\\end)", ""), (rf"\\frac *\{{ *{TEXT} *\}} *\{{ *{TEXT} *\}}", r"\\text{\1/\2}"),
+    (rf"\\(?:ast|star|cdotp|bullet){END}|\*", r"\\cdot "),
     (rf"\^ *\{{? *\\circ{END} *\}}?|\\degree{END}", "°"),
     (r"\\(?:begin|end) *\{ *(?:aligned|align\*?|cases|gathered) *\}|(?<=\n)&|&(?==)", " "),
     (rf"\\text *\{{ *(?:and|or) *\}}|(?<![a-zA-Z\\])(?:and|or){END}|\\(?:lor|land|vee|wedge){END}", ","), (r",(?: *,)+", ","),
@@ -110,7 +113,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [
     (" +", " "),
 ]]
 UNIT = re.compile(rf"(?<=[0-9a-zA-Z)}}\]!°])(?: *(?:/|\\cdot)? *{TEXT}(?: *\^ *(?:\{{ *-?[0-9] *\}}|[0-9]))?)+$|"
-                  r"(?<=[0-9)}°]) *(?:[CF]|(?:[ck]?m|mm|kg|ft|mph|min|sec|hrs?|rad| [a-z]{4,})(?: +[a-z]+)*(?: */ *[a-z]+)?(?:\^\{?[0-9]\}?)?)$")
+                  r"(?<=[0-9)}°]) *(?:[CF]|(?:[ckm]m|m */ *s|kg|ft|mph|min|sec|hrs?|rad| [a-z]{4,})(?: +[a-z]{2,})*(?: */ *[a-z]+)?(?:\^\{?[0-9]\}?)?)$")
 NO_UNIT = re.compile(r"\b(?:is|are|if|when|where|for|not?|mod|with|times|choose|factorial|squared|cubed|hundred|dozen|to|more|less|than|"
                      r"at|least|most|[ap]\.?m)\b", re.I)
 
@@ -118,6 +121,7 @@ NO_UNIT = re.compile(r"\b(?:is|are|if|when|where|for|not?|mod|with|times|choose|
 @functools.lru_cache(65_536)
 def normalise(text):
     """One spelling for what is written in many ways; still LaTeX, but a row ends in a newline and a degree sign is °."""
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]).replace("−", "-") + "}", text)
     text = unicodedata.normalize("NFKC", text.translate(UNICODE))
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     for pattern, new in RULES:
@@ -134,10 +138,11 @@ def same(a, b):
     if a == b:
         return True
     if a[0] in FLIP and b[0] in FLIP:
-        return a[0] == b[0] == "=" and a[3] and b[3] and same(a[2], b[2]) or proportional(a, b)
-    if a[0] in FLIP or b[0] in FLIP:
-        relation, other = (a, b) if a[0] in FLIP else (b, a)
-        return bool(relation[3]) and same(relation[2], other)
+        return a[0] == b[0] == "=" and a[3] and b[3] and "+" not in a[3] + b[3] and same(a[2], b[2]) or proportional(a, b)
+    if a[0] in FLIP:
+        return bool(a[3]) and same(a[2], b)
+    if b[0] in FLIP:
+        return bool(b[3]) and "+" not in b[3] and same(a, b[2])                 # m + n = 5 is an answer 5; as a gold it is a line
     kinds = {a[0], b[0]}
     if "named" in kinds and len(kinds) == 2 and len(a) == len(b):
         kind = (kinds - {"named"}).pop()
