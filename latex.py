@@ -14,7 +14,7 @@ from fractions import Fraction
 from mpmath import mp
 
 LIMITS = {"tail": 20_000, "answer": 2_000, "tokens": 1_500, "depth": 60, "items": 40, "bits": 200_000, "factorial": 5_000,
-          "exponent": 10**8, "terms": 1_000, "work": 20_000}     # characters, characters, tokens, levels, items, …, operations
+          "exponent": 10**8, "terms": 1_000, "work": 10_000}     # characters, characters, tokens, levels, items, …, operations
 
 
 class Unreadable(Exception):
@@ -350,7 +350,7 @@ def charged(result, work=1):
     """The result of an operation, after its size and its work are counted."""
     bits = max(result.numerator.bit_length(), result.denominator.bit_length()) if isinstance(result, Fraction) else 0
     limit("bits", bits)
-    spent[0] += work + (bits // 4000) ** 2
+    spent[0] += work + (bits // 2000) ** 2
     limit("work", spent[0])
     if isinstance(result, (mp.mpf, mp.mpc)) and not mp.isfinite(result):
         raise Undefined("infinite")
@@ -389,13 +389,13 @@ def factorial(x):
         return mp.gamma(inexact(x) + 1)
     if x < 0:
         raise Undefined("the factorial of a negative number")
-    return Fraction(math.factorial(int(x)))
+    return charged(Fraction(math.factorial(int(x))), int(x) // 10)
 
 
 def binomial(n, k):
     if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1 and 0 <= k <= n:
         limit("bits", min(k, n - k) * int(n).bit_length())
-        return Fraction(math.comb(int(n), int(k)))
+        return charged(Fraction(math.comb(int(n), int(k))), int(min(k, n - k)) // 10)
     limit("factorial", abs(n) + abs(k))
     return mp.binomial(inexact(n), inexact(k))
 
