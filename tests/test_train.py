@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -143,17 +144,25 @@ def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path)
     assert min(two_ranks("forgets-sync"), two_ranks("past-the-wrapper")) > 1e-2
 
 
-def test_six_steps_equal_three_and_a_restart_and_three_bit_for_bit(world, tmp_path):
-    assert launch(arguments(world, tmp_path / "a")).returncode == 0
-    first = launch(arguments(world, tmp_path / "b", "--stop-at", "3"))
-    assert first.returncode == 0 and "stopped after step 3" in first.stdout
-    second = launch(arguments(world, tmp_path / "b"))
-    assert second.returncode == 0 and "going on after step 3" in second.stdout, second.stderr
-    a, b = (load_file(tmp_path / run / "final/model.safetensors") for run in "ab")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    losses = [[r["loss"] for r in common.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in "ab"]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
-    assert "nothing to do" in launch(arguments(world, tmp_path / "b")).stdout
+def test_a_run_that_is_killed_or_stopped_ends_bit_for_bit_like_one_that_is_not(world, tmp_path):
+    common_arguments = ["--epochs", "20", "--save-every", "3"]                             # 60 steps
+    assert launch(arguments(world, tmp_path / "whole", *common_arguments)).returncode == 0
+    first = launch(arguments(world, tmp_path / "broken", *common_arguments, "--stop-at", "5"))
+    assert first.returncode == 0 and "stopped after step 5" in first.stdout
+    log = tmp_path / "broken/metrics.jsonl"
+    second = subprocess.Popen([sys.executable, str(ROOT / "03_train_oxa.py"), *arguments(world, tmp_path / "broken", *common_arguments)],
+                              stdout=subprocess.DEVNULL)
+    while second.poll() is None and log.read_text().count("\n") < 10:
+        time.sleep(0.01)
+    second.kill()
+    assert second.wait() == -9, "killed before its end"
+    third = launch(arguments(world, tmp_path / "broken", *common_arguments))
+    assert third.returncode == 0 and "going on after step" in third.stdout, third.stderr
+    whole, broken = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
+    losses = [[r["loss"] for r in common.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "broken")]
+    assert losses[0] == losses[1] and len(losses[0]) == 60
+    assert "nothing to do" in launch(arguments(world, tmp_path / "broken", *common_arguments)).stdout
 
 
 def test_training_promotes_and_suppresses(world, tmp_path):
