@@ -4,20 +4,20 @@
     python report.py runs/toy --contrast runs/toy_easy              with a second world beside it
     python report.py runs/paper_1.5b --card-hour-price 2.5          with costs
 
-A claim compares two arms problem by problem, seed by seed (the same problems, the same samples per problem), averages over
+A claim compares two arms problem by problem, seed by seed (the same problems, as many samples), averages over
 benchmarks with equal weight, and takes its 95 % interval from a bootstrap over problems and seeds (`common.bootstrap`).
 The rule of the verdict, fixed before any arm was run:
 
-    not reproduced   the whole interval lies below the smallest effect of interest, 0.01 (one point of Pass@k; 0.01 nats)
+    not reproduced   the whole interval lies below the smallest effect of interest, 0.01 (a point of Pass@k; 0.01 nats)
     reproduced       otherwise, if the whole interval lies above 0
     undecided        otherwise
 
-C4 has two parts, C1 and C2 after RLVR: reproduced if both are, not reproduced if either is not. With one seed the interval
-knows problems only, and the report says so. Pass@k is taken at k = n, the number of samples drawn, or at --k.
+C4 has two parts, C1 and C2 after RLVR: reproduced if both are, not reproduced if either is not. With one seed the
+interval knows problems only, and the report says so. Pass@k is taken at k = n, the samples drawn, or at --k.
 
-What is missing (an arm, RLVR, the base, a stage's log) is left out of the tables and figures; nothing is made up for it.
-RUN_DIR/explain.json, if there, is shown as a section of its own: a list of {"title", "text", "columns", "rows", "figures"},
-figures as {"file": path relative to RUN_DIR, "caption"}; all but the title may be missing.
+What is missing (an arm, RLVR, the base, a stage's log) is left out of tables and figures; nothing is made up for it.
+RUN_DIR/explain.json, if there, is shown as a section of its own: a list of {"title", "text", "columns", "rows",
+"figures"}, figures as {"file": path relative to RUN_DIR, "caption"}; all but the title may be missing.
 """
 
 import json
@@ -112,7 +112,7 @@ def read_metrics(path):
 
 
 def scores(row, what, k=0):
-    """One row of a problem table -> [K] numbers: Pass@k ("k": at `k`, or at k = n), the whole curve, entropy, tokens."""
+    """One row of a problem table -> [K] numbers: Pass@k ("k": at `k`, else at n), the whole curve, entropy, tokens."""
     n, n_correct = row["n"], row["n_correct"]
     if what == "curve":
         return c.pass_curve(n, n_correct)
@@ -124,7 +124,7 @@ def scores(row, what, k=0):
 def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0):
     """Mean over seeds, problems and benchmarks of a measure of `arm`, or of its paired difference to `reference`.
 
-    -> {value, low, high ([K] each for a curve), seeds, benchmarks, n_problems}, or None where there is nothing to compare.
+    -> {value, low, high ([K] each for a curve), seeds, benchmarks, n_problems}, or None if there is nothing to compare.
     """
     pair = [arm] if reference is None else [arm, reference]
     seeds = [s for s in run.seeds if all((s, a, when) in run.evals for a in pair)]
@@ -166,7 +166,7 @@ def both(first, second):
 
 
 def judge_claims(run, arm, reference, k):
-    """{claim: {claim, value, low, high, seeds, n_problems, verdict, benchmarks: {name: the same}}}, "C4" as a whole too."""
+    """-> {claim: {claim, value, low, high, seeds, n_problems, verdict, benchmarks: {name: the same}}}, C4 also whole."""
     found = {}
     for name, (text, what, when) in CLAIMS.items():
         effect = estimate(run, what, arm, reference, when, k=k)
@@ -210,9 +210,8 @@ def claims_table(claims, label):
         for name in (*CLAIMS, "C4"):
             if name in found:
                 e = found[name]
-                rows.append([named(name, label), named(e["claim"], label), f"{arm} − {reference}",
-                             *([number(e, sign=True), e["seeds"], e["n_problems"]] if "value" in e else ["both parts", "", ""]),
-                             e["verdict"]])
+                size = [number(e, sign=True), e["seeds"], e["n_problems"]] if "value" in e else ["both parts", "", ""]
+                rows.append([named(name, label), named(e["claim"], label), f"{arm} − {reference}", *size, e["verdict"]])
     return table(["claim", "", "difference", "effect [95 %]", "seeds", "problems", "verdict"], rows)
 
 
@@ -226,6 +225,7 @@ def benchmarks_table(claims, label):
 
 def arm_summary(run, k):
     """{arm: {when: {benchmark or "average": {measure: {value, low, high}}}}}: what the tables are printed from."""
+    measured = {"pass_at_1": 1, "pass_at_k": "k", "entropy": "entropy", "mean_tokens": "mean_tokens"}
     summary = {}
     for arm in run.arms:
         for when in WHEN:
@@ -233,20 +233,22 @@ def arm_summary(run, k):
                 some = None if b == "average" else [b]
                 if b == "average" and len(run.benchmarks) == 1:
                     continue
-                measures = {name: estimate(run, what, arm, None, when, some, k) for name, what in
-                            (("pass_at_1", 1), ("pass_at_k", "k"), ("entropy", "entropy"), ("mean_tokens", "mean_tokens"))}
+                measures = {name: estimate(run, what, arm, None, when, some, k) for name, what in measured.items()}
                 if measures["pass_at_1"]:
                     measures |= rates(run, arm, when, some or run.benchmarks)
                     summary.setdefault(arm, {}).setdefault(when, {})[b] = measures
     return summary
 
 
+RATES = {"truncation_rate": "cut at the limit", "no_answer_rate": "no answer", "unknown_rate": "could not be judged",
+         "duplicate_rate": "repeated"}
+
+
 def rates(run, arm, when, benchmarks):
     """Shares over all responses of truncation and the like; means over seeds and benchmarks."""
     found = [results["benchmarks"][b] for (_, a, w), (results, _) in run.evals.items() if (a, w) == (arm, when)
              for b in benchmarks if b in results["benchmarks"]]
-    return {name: float(np.mean([r[name] for r in found]))
-            for name in ("truncation_rate", "no_answer_rate", "unknown_rate", "duplicate_rate")}
+    return {name: float(np.mean([r[name] for r in found])) for name in RATES}
 
 
 def samples_label(run, benchmark, k):
@@ -266,20 +268,19 @@ def arms_table(run, summary, benchmark, k):
     head += [f"{name} after RLVR" for name in ("Pass@1", label, "entropy")] if after else []
     rows = []
     for arm, found in summary.items():
-        m, later = (found.get(when, {}).get(benchmark, {}) for when in WHEN)
-        tokens = f"{m['mean_tokens']['value']:.0f}" if m else "–"
-        cells = [number(m.get(name)) for name in ("pass_at_1", "pass_at_k", "entropy")]
-        rows.append([arm, *cells, tokens, *([number(later.get(name)) for name in ("pass_at_1", "pass_at_k", "entropy")]
-                                            if after else [])])
+        now, later = (found.get(when, {}).get(benchmark, {}) for when in WHEN)
+        cells, later_cells = ([number(m.get(name)) for name in ("pass_at_1", "pass_at_k", "entropy")]
+                              for m in (now, later))
+        tokens = f"{now['mean_tokens']['value']:.0f}" if now else "–"
+        rows.append([arm, *cells, tokens, *(later_cells if after else [])])
     return table(head, rows)
 
 
 def rates_table(summary):
-    rows = [[arm, WHEN[when], b, *(f"{m[name]:.1%}" for name in ("truncation_rate", "no_answer_rate", "unknown_rate",
-                                                                "duplicate_rate")), f"{m['mean_tokens']['value']:.0f}"]
+    rows = [[arm, WHEN[when], b, *(f"{m[name]:.1%}" for name in RATES), f"{m['mean_tokens']['value']:.0f}"]
             for arm, found in summary.items() for when, benchmarks in found.items()
             for b, m in benchmarks.items() if b != "average"]
-    return table(["arm", "", "benchmark", "cut at the limit", "no answer", "could not be judged", "repeated", "tokens"], rows)
+    return table(["arm", "", "benchmark", *RATES.values(), "tokens"], rows)
 
 
 def selection_table(run):
@@ -291,10 +292,12 @@ def selection_table(run):
             sets = [m[name] for m in metas if name in m]
             if sets:
                 mean = lambda read: float(np.mean([read(s) for s in sets]))
-                rows.append([arm, label, f"{mean(lambda s: s['actual']):,.0f}", f"{mean(lambda s: s['shortage']):,.0f}",
-                             f"{mean(lambda s: s['tokens']):,.0f}", *(f"{mean(lambda s: s['ppl_quantiles'][q]):.2f}"
-                                                                    for q in quantile_names(sets[0]["ppl_quantiles"]))])
-    return table(["arm", "set", "responses", "short by", "tokens", "perplexity, lower end", "median", "upper end"], rows) if rows else ""
+                counts = [f"{mean(lambda s: s[name]):,.0f}" for name in ("actual", "shortage", "tokens")]
+                spread = [f"{mean(lambda s: s['ppl_quantiles'][q]):.2f}"
+                          for q in quantile_names(sets[0]["ppl_quantiles"])]
+                rows.append([arm, label, *counts, " · ".join(spread)])
+    head = ["arm", "set", "responses", "short by", "tokens", "perplexity: low · median · high"]
+    return table(head, rows) if rows else ""
 
 
 def quantile_names(quantiles):
@@ -336,6 +339,20 @@ def time_table(run, price):
     return table(head, rows) if rows else ""
 
 
+def n_problems(run, benchmark):
+    """Problems of a benchmark (of one seed)."""
+    return next(len(tables[benchmark]) for _, tables in run.evals.values() if benchmark in tables)
+
+
+def short_path(name, run):
+    """A path without what lies above the run or the project: a report does not tell where a machine keeps things."""
+    path = Path(name)
+    for above in (run.path.resolve(), Path(__file__).parent):
+        if path.is_absolute() and path.is_relative_to(above):
+            return str(path.relative_to(above))
+    return "/".join(path.parts[-3:]) if path.is_absolute() else str(path)
+
+
 def provenance(run):
     """Commits, versions, seeds and hashes of every sidecar of the run: (facts, {file: hash})."""
     commits, versions, hashes, graders, models = Counter(), defaultdict(Counter), {}, Counter(), set()
@@ -346,13 +363,14 @@ def provenance(run):
             versions[name][version] += 1
         hashes |= meta.get("inputs", {})
         if meta.get("scorer"):
-            models.add(f"perplexity under {meta['scorer']}")
+            models.add(f"perplexity under {short_path(meta['scorer'], run)}")
     for results, _ in run.evals.values():
         graders[results["grader"]] += 1
     several = lambda counter: ", ".join(f"{name} ({n} files)" for name, n in counter.most_common())
     facts = {"seeds": ", ".join(map(str, run.seeds)), "commit": several(commits), "grader": several(graders),
              **{name: ", ".join(found) for name, found in versions.items()}, "scorer": ", ".join(sorted(models))}
-    return {name: text for name, text in facts.items() if text}, hashes
+    hashes = {short_path(name, run): digest for name, digest in hashes.items()}
+    return {name: text for name, text in facts.items() if text}, dict(sorted(hashes.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
@@ -372,7 +390,8 @@ def panels(n, n_cols, width=9.0, height=2.9):
     """[n] axes in a grid, the unused ones removed, and their figure."""
     n_cols = min(n, n_cols)
     n_rows = math.ceil(n / n_cols)
-    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height * n_rows + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height * n_rows + 0.5), squeeze=False,
+                                layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
     for ax in axes.flat[n:]:
         ax.remove()
@@ -390,7 +409,8 @@ def save(figure, out, name, legend_from=()):
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels())))
     if handles:
         n_cols = min(len(handles), 7 if max(map(len, handles)) < 15 else 3)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=n_cols, frameon=False, handlelength=3.2)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=n_cols, frameon=False,
+                      handlelength=3.2)
     figure.savefig(out / f"{name}.png", dpi=150)
     figure.savefig(out / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
@@ -412,11 +432,10 @@ def figure_claims(worlds, label, out):
                 offset = (i - (len(claims) - 1) / 2) * 0.8 / max(len(claims), 1)
                 for row, name in enumerate(names):
                     if name in found:
-                        e = found[name]
+                        e, inside = found[name], color if reference == REFERENCE else "white"
                         ax.errorbar(e["value"], row + offset, xerr=[[e["value"] - e["low"]], [e["high"] - e["value"]]],
-                                    color=color, marker=style(arm, run)["marker"], markersize=5, linewidth=1.5, capsize=2.5,
-                                    markerfacecolor=color if reference == REFERENCE else "white", linestyle="none",
-                                    label=f"{arm} − {reference}")
+                                    color=color, marker=style(arm, run)["marker"], markerfacecolor=inside, markersize=5,
+                                    linewidth=1.5, capsize=2.5, linestyle="none", label=f"{arm} − {reference}")
             ax.axvline(0, color="black", linewidth=0.9)
             ax.set_yticks(range(len(names)), [named(n.replace(",", ""), label) + {
                 "C1": " Pass@1", "C2": f" {label}", "C3": " entropy"}.get(n, "\nafter RLVR") for n in names])
@@ -456,10 +475,10 @@ def figure_perplexity(run, out):
     for ax, (label, color, counts) in zip(axes, layers):
         ax.bar(middle, counts, width=width, color=color)
         if label in ("all verified", *MAIN_ARMS):
-            ax.plot(middle, target, color="black", linewidth=1.3, linestyle=(0, (3, 1.5)),
-                    label=f"target: Gaussian, μ = {gaussian['mu']:.2f}, σ = {gaussian['args']['sigma']}, n = {target.sum():,}")
+            ax.plot(middle, target, color="black", linewidth=1.3, linestyle=(0, (3, 1.5)), label="target: Gaussian, "
+                    f"μ = {gaussian['mu']:.2f}, σ = {gaussian['args']['sigma']}, n = {target.sum():,}")
         ax.set_xlim(edges[0], last)
-        ax.set_ylabel(label, rotation=0, ha="right", va="center")
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=10)
         ax.text(0.995, 0.9, f"{counts.sum():,}", transform=ax.transAxes, ha="right", va="top", fontsize=8)
         ax.tick_params(labelbottom=ax is axes[-1])
     axes[0].set_title(f"responses per {width[0]:.2g} of perplexity (their number at the right)", fontsize=10)
@@ -477,27 +496,26 @@ def figure_pass_at_k(run, out):
             curve = estimate(run, "curve", arm, None, when, [b])
             if curve:
                 k, look = np.arange(1, len(curve["value"]) + 1), style(arm, run)
-                ax.fill_between(k, curve["low"].clip(0, 1), curve["high"].clip(0, 1), color=look["color"], alpha=0.15, linewidth=0)
-                marks = [i for i in range(len(k)) if (i + 1) & i == 0]
-                ax.plot(k, curve["value"], label=arm, markersize=4.5, markevery=marks, linewidth=1.6, **look)
-                ax.set_xticks([2**i for i in range(len(k).bit_length())], [str(2**i) for i in range(len(k).bit_length())])
-                ax.set_xlim(0.9, len(k) * 1.1)
-        n = estimate(run, 1, next(a for a in run.arms if estimate(run, 1, a, None, when, [b])), None, when, [b])["n_problems"]
+                powers = [2**i for i in range(len(k).bit_length())]
+                ax.fill_between(k, curve["low"], curve["high"], color=look["color"], alpha=0.12, linewidth=0)
+                ax.plot(k, curve["value"], label=arm, markersize=4.5, markevery=[p - 1 for p in powers], **look)
+                n_problems = curve["n_problems"]
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.set_xticks(powers, map(str, powers))
+        ax.set_xlim(0.9, len(k) * 1.1)
         ax.set_ylim(-0.02, 1.02)
-        ax.set_title(f"{b} ({n} problems), {WHEN[when]}", fontsize=10)
+        ax.set_title(f"{b} ({n_problems} problems), {WHEN[when]}", fontsize=10)
         ax.set_xlabel("k (samples a problem)")
         ax.set_ylabel("Pass@k")
     return save(figure, out, "pass_at_k", axes)
 
 
 def figure_curves(run, stage, measures, title, out):
-    """Metrics over the steps of a stage: mean over seeds (running mean over a fiftieth of the steps), a panel a measure.
+    """Metrics over the steps of a stage, a panel each: mean over seeds, running mean over a twenty-fifth of the steps.
 
     measures: {name in metrics.jsonl: axis label}.
     """
-    curves = {}
+    curves = {name: {} for name in measures}
     for arm in run.arms:
         runs = [read_metrics(run.path / f"seed-{s}" / arm / stage / "metrics.jsonl") for s in run.seeds]
         runs = [rows for rows in runs if rows]
@@ -506,19 +524,21 @@ def figure_curves(run, stage, measures, title, out):
             series = [np.array(x, dtype=float) for x in series if any(v is not None for v in x)]
             if series:
                 length = min(map(len, series))
-                curves.setdefault(name, {})[arm] = (np.array([row["step"] for row in runs[0]][:length]),
-                                                    np.array([x[:length] for x in series]))
+                steps = np.array([row["step"] for row in runs[0]][:length])
+                curves[name][arm] = steps, np.array([x[:length] for x in series])
+    curves = {name: arms for name, arms in curves.items() if arms}
     if not curves:
         return None
+    mean_of = lambda x, w: np.convolve(x, np.ones(w), "same") / np.convolve(np.ones(len(x)), np.ones(w), "same")
     figure, axes = panels(len(curves), 2)
     for ax, (name, arms) in zip(axes, curves.items()):
         for place, (arm, (steps, x)) in enumerate(arms.items()):
-            window, look = max(1, len(steps) // 50 * 2 + 1), style(arm, run)
-            smooth = lambda y: np.convolve(y, np.ones(window), "same") / np.convolve(np.ones(len(y)), np.ones(window), "same")
-            ax.plot(steps, smooth(x.mean(axis=0)), label=arm, linewidth=1.5, markersize=4.5,
+            window, look = len(steps) // 50 * 2 + 1, style(arm, run)
+            ax.plot(steps, mean_of(x.mean(axis=0), window), label=arm, linewidth=1.5, markersize=4.5,
                     markevery=((place + 1) * len(steps) // 60, max(1, len(steps) // 6)), **look)
             if len(x) > 1:
-                ax.fill_between(steps, smooth(x.min(axis=0)), smooth(x.max(axis=0)), color=look["color"], alpha=0.12, linewidth=0)
+                ax.fill_between(steps, mean_of(x.min(axis=0), window), mean_of(x.max(axis=0), window),
+                                color=look["color"], alpha=0.12, linewidth=0)
         ax.set_xlabel("optimizer step")
         ax.set_ylabel(measures[name])
         ax.set_ylim(bottom=0, top=None if max(x.max() for _, x in arms.values()) > 0 else 1)
@@ -527,15 +547,16 @@ def figure_curves(run, stage, measures, title, out):
 
 
 def figure_lengths(run, out):
-    """Cumulative distribution of response lengths (what is missing at the limit was cut), and the share that was cut."""
+    """Cumulative distribution of response lengths at evaluation, and the share of responses that was cut."""
     figure, axes = panels(len(run.benchmarks) + 1, min(4, len(run.benchmarks) + 1))
     for ax, b in zip(axes, run.benchmarks):
         for arm in run.arms:
-            found = [r["benchmarks"][b] for (_, a, w), (r, _) in run.evals.items() if (a, w) == (arm, "before") and b in r["benchmarks"]]
+            found = [results["benchmarks"][b]["length_histogram"] for (_, a, when), (results, _) in run.evals.items()
+                     if (a, when) == (arm, "before") and b in results["benchmarks"]]
             if found:
-                grid = np.unique(np.concatenate([f["length_histogram"]["edges"] for f in found]))
-                share = np.mean([np.interp(grid, f["length_histogram"]["edges"], np.concatenate(
-                    [[0], np.cumsum(f["length_histogram"]["counts"])]) / f["n_responses"]) for f in found], axis=0)
+                grid = np.unique(np.concatenate([f["edges"] for f in found]))
+                shares = [np.concatenate([[0], np.cumsum(f["counts"])]) / sum(f["counts"]) for f in found]
+                share = np.mean([np.interp(grid, f["edges"], y) for f, y in zip(found, shares)], axis=0)
                 inside = np.flatnonzero((share > 0.002) & (share < 0.998))
                 marks = inside[::max(1, len(inside) // 4)].tolist()
                 ax.plot(grid, share, label=arm, linewidth=1.5, markersize=4.5, markevery=marks, **style(arm, run))
@@ -546,10 +567,12 @@ def figure_lengths(run, out):
         ax.set_title(f"{b}, before RLVR", fontsize=10)
         ax.set_xlabel("response length (tokens)")
         ax.set_ylabel("share of responses at most this long")
-    ax, done = axes[-1], [(arm, when) for arm in run.arms for when in WHEN if any((s, arm, when) in run.evals for s in run.seeds)]
+    ax, evaluated = axes[-1], {(arm, when) for _, arm, when in run.evals}
+    done = [(arm, when) for arm in run.arms for when in WHEN if (arm, when) in evaluated]
     for place, (arm, when) in enumerate(done):
         cut = rates(run, arm, when, run.benchmarks)["truncation_rate"] * 100
-        ax.barh(place, cut, color=style(arm, run)["color"], height=0.7, hatch="" if when == "before" else "///", edgecolor="white")
+        ax.barh(place, cut, color=style(arm, run)["color"], height=0.7, edgecolor="white",
+                hatch="" if when == "before" else "///")
         ax.text(cut, place, f" {cut:.1f}", va="center", fontsize=7)
     ax.set_yticks(range(len(done)), [arm + ("" if when == "before" else ", RLVR") for arm, when in done], fontsize=8)
     ax.invert_yaxis()
@@ -569,15 +592,16 @@ def first_paragraph(run, claims):
         return "No claim can be judged: `sft` and an `oxa` arm are needed, evaluated on the same problems."
     names = [n for n in ("C1", "C2", "C3", "C4") if n in found]
     count = Counter(found[n]["verdict"] for n in names)
-    size = found[names[0]]
-    show = lambda n: f"{n} {found[n]['verdict']}" + (f" ({number(found[n], sign=True)})" if "value" in found[n] else "")
+    effect = lambda e: f" ({number(e, sign=True)})" if "value" in e else ""
+    n_seeds, n_problems = (found[names[0]][name] for name in ("seeds", "n_problems"))
     text = (f"**{count['reproduced']} of {len(names)} claims reproduced** for `{arm}` over `{reference}`: "
-            + "; ".join(map(show, names)) + f". {size['seeds']} seed{'s' * (size['seeds'] > 1)}, {size['n_problems']} problems "
-            f"({', '.join(run.benchmarks)}).")
+            + "; ".join(f"{n} {found[n]['verdict']}{effect(found[n])}" for n in names)
+            + f". {n_seeds} seed{'s' * (n_seeds > 1)}, {n_problems} problems ({', '.join(run.benchmarks)}).")
     if len(names) < 4:
         text += " Not measured in this run: " + ", ".join(n for n in ("C1", "C2", "C3", "C4") if n not in found) + "."
-    if size["seeds"] == 1:
-        text += " **One seed: intervals are over problems only**, and say nothing of how another training run would end."
+    if n_seeds == 1:
+        text += (" **One seed: intervals are over problems only**, and say nothing of how another training run would "
+                 "have ended.")
     for (a, control), judged in claims.items():
         if control in CONTROLS and a == arm:
             text += f" Against the control `{control}`: " + ", ".join(
@@ -615,101 +639,103 @@ def explanation(run, out):
     return [part for part in parts if part]
 
 
+CONTROLS_TEXT = ("Not in the paper. `length_matched`: random responses with the lengths of those of `oxa_mle`; "
+                 "`longest`: the longest responses of all. A lead over them is owed to perplexity, not to length.")
+
+
+def verdict_rule():
+    return (f"*not reproduced*: the whole interval lies below {SMALLEST_EFFECT} (one point; for entropy "
+            f"{SMALLEST_EFFECT} nats); *reproduced*: otherwise, if the whole interval lies above 0; *undecided*: "
+            "otherwise. C4 holds if both of its parts do. Differences are paired by problem and seed; benchmarks weigh alike; "
+            "intervals: bootstrap over problems and seeds.")
+
+
+def draw(run, worlds, label, out):
+    """All figures; what there is no data for is not drawn. -> names of the figures."""
+    sft = {"ce_loss": "cross entropy (nats per token)", "ul_loss": "unlikelihood (nats per token)",
+           "entropy_ce": "entropy, CE tokens (nats)", "entropy_ul": "entropy, UL tokens (nats)"}
+    rlvr = {"reward": "mean reward", "entropy": "policy entropy (nats)",
+            "response_tokens_mean": "response length (tokens)", "truncated": "share cut at the limit"}
+    return [figure_claims(worlds, label, out) if worlds[0][2] else None, figure_perplexity(run, out),
+            figure_pass_at_k(run, out), figure_curves(run, "sft", sft, "supervised fine-tuning", out),
+            figure_curves(run, "rlvr", rlvr, "reinforcement learning (GRPO)", out), figure_lengths(run, out)]
+
+
+def compose(run, worlds, summary, drawn, facts, hashes, k, price, out):
+    """The text of REPORT.md, section by section; an empty part is left out."""
+    claims, label, one = worlds[0][2], samples_label(run, "average", k), len(run.benchmarks) == 1
+    image = lambda name, caption: f"![{caption}](figures/{name}.png)\n\n*{caption}*" if name in drawn else ""
+    over_seeds = "means over seeds; the band spans the seeds" if len(run.seeds) > 1 else "one seed"
+    against_sft, against_controls = ({pair: found for pair, found in claims.items() if (pair[1] == REFERENCE) == plain}
+                                     for plain in (True, False))
+    yield f"# {worlds[0][0]}: what was reproduced"
+    yield first_paragraph(run, claims)
+    yield image("claims", f"Effects with 95 % intervals. Filled: against `{REFERENCE}`; hollow: against a control.")
+    if against_sft:
+        yield from ("## Claims", claims_table(against_sft, label), verdict_rule())
+    if against_controls:
+        yield from ("### Against the controls", CONTROLS_TEXT, claims_table(against_controls, label))
+    if claims and not one:
+        yield from ("### On each benchmark", benchmarks_table(claims, label))
+    if len(worlds) > 1:
+        yield from ("## Two worlds", contrast_table(worlds))
+    yield "## Arms"
+    yield f"Means over seeds{'' if one else ' and benchmarks'}, with 95 % intervals over problems and seeds."
+    yield arms_table(run, summary, run.benchmarks[0] if one else "average", k)
+    for b in [] if one else run.benchmarks:
+        yield from (f"### {b} ({n_problems(run, b)} problems)", arms_table(run, summary, b, k))
+    yield image("pass_at_k", "Unbiased Pass@k for every k, with 95 % bands over problems and seeds.")
+    if (run.path / "explain.json").exists():
+        yield from ("## Why", *explanation(run, out))
+    if sets := selection_table(run):
+        yield from ("## Training sets", sets, image("perplexity", f"What each arm trains on (seed {run.seeds[0]})."))
+    if {"sft", "rlvr"} & set(drawn):
+        yield "## Training"
+    yield image("sft", f"Losses and entropies while fine-tuning, {over_seeds}.")
+    yield image("rlvr", f"GRPO: reward, entropy, length and truncation, {over_seeds}.")
+    yield "## Lengths, and what went wrong"
+    yield image("lengths", "Response lengths at evaluation, and what was cut at the limit.")
+    yield rates_table(summary)
+    if time := time_table(run, price):
+        yield from ("## Time", time, "Seconds: wall time of commands that may have run side by side. A process is a "
+                    "card on GPUs. Tokens: trained on (sft, rlvr), generated (eval).")
+    yield "## Where this comes from"
+    yield table(["", ""], facts.items())
+    first = [name for name in hashes if not any(f"seed-{s}/" in name for s in run.seeds[1:])]
+    yield f"Inputs of seed {run.seeds[0]}; summary.json has those of every seed."
+    yield table(["input", "sha256"], [[f"`{name}`", f"`{hashes[name][:12]}`"] for name in first])
+
+
 def main(argv=None):
     args = parse(argv)
     run = load_run(args.run)
     out = Path(args.out or run.path / "report")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams.update({"font.size": 9, "svg.hashsalt": "report", "svg.fonttype": "none"})
-    k, title = args.k, run.path.resolve().name
     pairs = [(arm, ref) for ref in (REFERENCE, *CONTROLS) for arm in MAIN_ARMS]
-    judge = lambda r: {pair: found for pair in pairs if (found := judge_claims(r, *pair, k))}
-    claims, summary = judge(run), arm_summary(run, k)
-    label = samples_label(run, "average", k)
-    worlds = [(title, run, claims)]
-    if args.contrast:
-        other = load_run(args.contrast)
-        worlds.append((other.path.resolve().name, other, judge(other)))
-
-    drawn = [figure_claims(worlds, label, out / "figures") if claims else None, figure_perplexity(run, out / "figures"),
-             figure_pass_at_k(run, out / "figures"),
-             figure_curves(run, "sft", {"ce_loss": "cross entropy (nats per token)", "ul_loss": "unlikelihood (nats per token)",
-                                        "entropy_ce": "entropy, CE tokens (nats)", "entropy_ul": "entropy, UL tokens (nats)"},
-                           "supervised fine-tuning", out / "figures"),
-             figure_curves(run, "rlvr", {"reward": "mean reward", "entropy": "policy entropy (nats)", "response_tokens_mean":
-                                         "response length (tokens)", "truncated": "share cut at the limit"},
-                           "reinforcement learning (GRPO)", out / "figures"),
-             figure_lengths(run, out / "figures")]
-    image = lambda name, caption: f"![{caption}](figures/{name}.png)\n\n*{caption}*" if name in drawn else ""
-    time = time_table(run, args.card_hour_price)
+    worlds = []
+    for world in [run] + ([load_run(args.contrast)] if args.contrast else []):
+        claims = {pair: found for pair in pairs if (found := judge_claims(world, *pair, args.k))}
+        worlds.append((world.path.resolve().name, world, claims))
+    title, _, claims = worlds[0]
+    label, summary = samples_label(run, "average", args.k), arm_summary(run, args.k)
     facts, hashes = provenance(run)
-    hashes = dict(sorted((short_path(name, run), digest) for name, digest in hashes.items()))
-    main_table = arms_table(run, summary, "average" if len(run.benchmarks) > 1 else run.benchmarks[0], k)
-    several = "; the band is from the lowest to the highest seed" if len(run.seeds) > 1 else ""
-    against_sft, against_controls = ({pair: found for pair, found in claims.items() if (pair[1] == REFERENCE) == plain}
-                                     for plain in (True, False))
-    parts = [
-        f"# {title}: what was reproduced", first_paragraph(run, claims),
-        image("claims", f"Effects with 95 % intervals. Filled: against `{REFERENCE}`; hollow: `oxa` against a control."),
-        "## Claims", claims_table(against_sft, label) if against_sft else "", verdict_rule(),
-        *(["### Against the controls", CONTROLS_TEXT, claims_table(against_controls, label)] if against_controls else []),
-        *(["### On each benchmark", benchmarks_table(claims, label)] if claims and len(run.benchmarks) > 1 else []),
-        "## Arms", f"Means over seeds{' and benchmarks (equal weight)' if len(run.benchmarks) > 1 else ''} with 95 % intervals over "
-        f"problems and seeds. Pass@k is the unbiased estimate.", main_table,
-        *(x for b in run.benchmarks if len(run.benchmarks) > 1
-          for x in (f"### {b} ({estimate_size(run, b)} problems)", arms_table(run, summary, b, k))),
-        image("pass_at_k", "Pass@k for every k, with 95 % bands over problems and seeds."),
-        *(["## Two worlds", contrast_table(worlds)] if args.contrast else []),
-        *(["## Why", *explanation(run, out)] if (run.path / "explain.json").exists() else []),
-        "## Training sets", selection_table(run),
-        image("perplexity", f"What each arm trains on (seed {run.seeds[0]}). Lower panel: logarithmic above 10."),
-        "## Training", image("sft", f"Losses and entropies while fine-tuning, means over seeds{several}."),
-        image("rlvr", f"GRPO: reward, entropy, length and truncation, means over seeds{several}."),
-        "## Lengths and what went wrong", image("lengths", "Response lengths at evaluation, and what was cut at the limit."),
-        rates_table(summary),
-        "## Time" if time else "", time, "Seconds are wall time of commands that may have run side by side; a process is a card on "
-        "GPUs. Tokens: trained on (sft, rlvr), generated (eval)." if time else "",
-        "## Where this comes from", table(["", ""], facts.items()),
-        f"Inputs of seed {run.seeds[0]} (all of them, in full: summary.json):",
-        table(["input", "sha256"], [[f"`{name}`", f"`{digest[:12]}`"] for name, digest in hashes.items()
-                                    if not any(f"seed-{s}/" in name for s in run.seeds[1:])]),
-    ]
+
+    drawn = draw(run, worlds, label, out / "figures")
+    parts = list(compose(run, worlds, summary, drawn, facts, hashes, args.k, args.card_hour_price, out))
     with c.replace_file(out / "REPORT.md") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
+    judged = [{"world": name, "arm": arm, "reference": ref, "claims": found}
+              for name, _, of_world in worlds for (arm, ref), found in of_world.items()]
     with c.replace_file(out / "summary.json") as file:
         json.dump({"schema": "summary", "schema_version": c.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
-                   "benchmarks": {b: estimate_size(run, b) for b in run.benchmarks}, "k": k or "n", "pass_at_k_label": label,
-                   "smallest_effect": SMALLEST_EFFECT,
-                   "claims": [{"world": name, "arm": arm, "reference": ref, "claims": found}
-                              for name, _, judged in worlds for (arm, ref), found in judged.items()],
-                   "arms": summary, "provenance": facts, "inputs": hashes},
-                  file, indent=1)
-    print(main_table, claims_table(against_sft, label) if against_sft else "", first_paragraph(run, claims),
+                   "benchmarks": {b: n_problems(run, b) for b in run.benchmarks}, "k": args.k or "n",
+                   "pass_at_k_label": label, "smallest_effect": SMALLEST_EFFECT, "claims": judged, "arms": summary,
+                   "provenance": facts, "inputs": hashes}, file, indent=1)
+    main_claims = {pair: found for pair, found in claims.items() if pair[1] == REFERENCE}
+    print(arms_table(run, summary, run.benchmarks[0] if len(run.benchmarks) == 1 else "average", args.k),
+          claims_table(main_claims, label) if main_claims else "", first_paragraph(run, claims),
           f"report: {out / 'REPORT.md'}", sep="\n\n")
-
-
-CONTROLS_TEXT = ("Not in the paper. `length_matched`: random responses with the lengths of `oxa_mle`'s; `longest`: the longest "
-                 "response of each query. A lead over them is owed to perplexity, not to length.")
-
-
-def verdict_rule():
-    return (f"*not reproduced*: the whole interval lies below {SMALLEST_EFFECT} (one point; for entropy {SMALLEST_EFFECT} nats); "
-            "*reproduced*: otherwise, if the whole interval lies above 0; *undecided*: otherwise. C4 holds if both of its parts do. "
-            "Differences are paired by problem and seed; benchmarks weigh alike; intervals: bootstrap over problems and seeds.")
-
-
-def estimate_size(run, benchmark):
-    """Problems of a benchmark (of one seed)."""
-    return next(len(tables[benchmark]) for _, tables in run.evals.values() if benchmark in tables)
-
-
-def short_path(name, run):
-    """An input's path without what lies above the run or the project: reports do not tell where a machine keeps things."""
-    path = Path(name)
-    for above in (run.path.resolve(), Path(__file__).parent):
-        if path.is_absolute() and path.is_relative_to(above):
-            return str(path.relative_to(above))
-    return str(path) if not path.is_absolute() else "/".join(path.parts[-3:])
 
 
 if __name__ == "__main__":
