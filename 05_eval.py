@@ -52,6 +52,7 @@ def parse(argv=None):
     p.add_argument("--problems", nargs="+", required=True, help="one problems.jsonl a benchmark: pid, problem, answer")
     p.add_argument("--out", required=True, help="directory of the results; continued if it holds some")
     p.add_argument("--n", type=int, default=32, help="samples a problem")
+    p.add_argument("--n-of", nargs="*", default=[], metavar="NAME=N", help="another number for some benchmarks")
     p.add_argument("--temperature", type=float, default=0.6, help="of sampling (0: greedy)")
     p.add_argument("--top-p", type=float, default=0.95, help="of sampling")
     p.add_argument("--max-tokens", type=int, default=32768, help="a response is cut here")
@@ -124,13 +125,21 @@ def stored_keys(path, key):
 # ------------------------------------------------------------------------------------------------------ 1. generate
 
 
+def samples_a_problem(bench, args):
+    """--n, or the benchmark's own of --n-of."""
+    own = dict(pair.partition("=")[::2] for pair in args.n_of).get(bench.name, str(args.n))
+    if not own.isdigit() or int(own) < 1:
+        c.die(f"--n-of takes NAME=N with N at least 1, not {bench.name}={own}")
+    return int(own)
+
+
 def missing_samples(bench, args):
     """[(problem row, k)] still to be drawn."""
-    have = stored_keys(bench.rows, ("pid", "k"))
-    if any(k >= args.n for _, k in have):
-        c.die(f"{bench.rows} holds {max(k for _, k in have) + 1} samples a problem, more than --n {args.n}: "
+    have, n = stored_keys(bench.rows, ("pid", "k")), samples_a_problem(bench, args)
+    if any(k >= n for _, k in have):
+        c.die(f"{bench.rows} holds {max(k for _, k in have) + 1} samples a problem, more than --n {n}: "
               "give that --n, or another --out")
-    return [(row, k) for row in bench.problems for k in range(args.n) if (row["pid"], k) not in have]
+    return [(row, k) for row in bench.problems for k in range(n) if (row["pid"], k) not in have]
 
 
 def generate(benches, missing, args, dist):
@@ -145,7 +154,7 @@ def generate(benches, missing, args, dist):
     prompts = {row["pid"]: c.render_prompt(tokenizer, row["problem"]) for _, row, _ in requests}
     from engines import make_engine
     longest = max(map(len, prompts.values())) + args.max_tokens
-    engine = make_engine(args.engine, args.model, longest, device=dist.device)
+    engine = make_engine(args.engine, args.model, longest, device=dist.device, sleep=True)
     writers = {bench.name: c.append_jsonl(part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
     seeds = [c.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
     with tqdm(total=len(requests), desc="generate", unit="resp", disable=dist.rank > 0, mininterval=2) as progress:
@@ -157,6 +166,7 @@ def generate(benches, missing, args, dist):
                 "pid": row["pid"], "k": k, "seed": seeds[i], "response": c.decode_response(tokenizer, done.ids),
                 "n_tokens": len(done.ids), "finish": done.finish,
                 "predicted": None, "correct": None, "status": UNGRADED, **kept})
+    engine.sleep()                                                            # the card is free for the entropy's model
     for writer in writers.values():
         writer.close()
 

@@ -98,6 +98,9 @@ class HFEngine:
         check_positions(self.config, max_len, "generation (prompt + new tokens)")
         self.max_slots, self.cache_bytes = max_slots, cache_bytes
 
+    def sleep(self):
+        """Nothing to give back (see VLLMEngine.sleep)."""
+
     def sync(self, model):
         """Copy the trainer's weights in."""
         mine = dict(self.model.named_parameters())
@@ -219,7 +222,8 @@ class VLLMEngine:
         config = load_config(path)
         check_positions(config, max_len, "generation (prompt + new tokens)")
         self.max_len, self.stops, self.asleep = max_len, stop_ids(load_tokenizer(path, any_markup=True)), False
-        options = dict(dtype="bfloat16", gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleep)    # GPU only
+        self.may_sleep = sleep and cuda
+        options = dict(dtype="bfloat16", gpu_memory_utilization=gpu_memory, enable_sleep_mode=self.may_sleep)    # GPU only
         if cuda and "RANK" in os.environ:
             options |= dict(distributed_executor_backend="external_launcher")    # GPU only
         if not cuda:
@@ -264,9 +268,10 @@ class VLLMEngine:
             self.asleep = False
 
     def sleep(self):
-        """Give the engine's memory to the trainer until the next `sync`, which brings the weights anew."""
-        self.llm.sleep(level=2)
-        self.asleep = True
+        """Give the card's memory back until the next `sync`, which brings the weights anew; only if made with `sleep`."""
+        if self.may_sleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
 
     def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
         """As HFEngine.generate. Greedy tokens are the same; sampled ones differ: the two draw differently from a seed."""

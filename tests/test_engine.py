@@ -192,6 +192,7 @@ def test_vllm_sleep_and_wake_order(vllm, hf_engine, prompts, monkeypatch):
             order.append((_name, options))
             return _real(*args, **options)
         monkeypatch.setattr(vllm.llm, name, recorded)
+    monkeypatch.setattr(vllm, "may_sleep", True)
     monkeypatch.setattr(vllm.llm, "sleep", lambda level: order.append(("sleep", {"level": level})))
     vllm.sleep()
     with pytest.raises(RuntimeError, match="sleeps"):
