@@ -46,8 +46,8 @@ import verifier
 
 CHECK_ROLLOUTS, CHECK_TOKENS = 4, 8     # the check after a weight sync: so many prefixes, each continued by so many tokens
 KL_D_MAX, KL_MAX = 20.0, 10.0           # clamps of the KL estimate: d before exp, and the estimate itself (as verl does)
-MAY_DIFFER = ("epochs", "max_steps", "save_every", "keep", "eval_every", "eval_problems", "eval_n", "log_rollouts",
-              "verify_workers", "max_logp_gap", "wandb", "tensorboard")      # what may change when a run is continued
+MAY_DIFFER = ("gpu_memory", "sleep", "epochs", "max_steps", "save_every", "keep", "eval_every", "eval_problems",
+              "log_rollouts", "verify_workers", "max_logp_gap", "wandb", "tensorboard")    # when a run is continued
 
 
 def config(argv=None):
@@ -57,6 +57,8 @@ def config(argv=None):
     add("--problems", required=True, help="problems (JSONL: pid, problem, answer)")
     add("--out", required=True, help="directory of this run")
     add("--engine", default="auto", choices=["auto", "hf", "vllm"], help="what draws the rollouts (auto: vLLM on a GPU)")
+    add("--gpu-memory", type=float, default=0.3, help="share of a card's memory for vLLM")
+    add("--sleep", action="store_true", help="vLLM gives its memory to the trainer while no rollouts are drawn (7B)")
     add("--prompts-per-step", type=int, default=64, help="problems in a step, over all cards")
     add("--rollouts", type=int, default=8, help="responses to each problem: the group")
     add("--epochs", type=int, default=20, help="passes over the problems")
@@ -64,8 +66,7 @@ def config(argv=None):
     add("--temperature", type=float, default=0.85, help="of sampling, and of every log-prob here")
     add("--max-prompt-tokens", type=int, default=1536, help="longer prompts are dropped and counted")
     add("--max-response-tokens", type=int, default=18432, help="a response is cut here (paper: 16384 for 7B)")
-    add("--overlong", default="keep", choices=["keep", "mask", "zero"],
-        help="a cut response is graded like any other, or leaves the loss (DAPO), or has reward 0")
+    add("--overlong", default="keep", choices=["keep", "mask", "zero"], help="grade a cut response, mask its loss, reward 0")
     add("--advantage", default="grpo", choices=["grpo", "dr_grpo", "rloo"], help="formulas: give_advantages in this file")
     add("--normalize", default="token", choices=["token", "sequence", "constant"], help="formulas: give_weights")
     add("--skip-uniform-groups", action="store_true", help="groups without signal leave the loss, their KL too")
@@ -81,21 +82,19 @@ def config(argv=None):
     add("--token-budget", type=int, default=32768, help="tokens in a micro-batch on one card, prompts included")
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward (long sequences)")
     add("--shard", action="store_true", help="fully_shard instead of DDP: for what one card cannot hold (7B)")
-    add("--max-logp-gap", type=float, default=0.0,
-        help="mean |log p(trainer) - log p(engine)| that stops the run (0: 1e-4 in float32, 0.05 on CUDA in bf16)")
+    add("--max-logp-gap", type=float, default=0.0, help="mean gap to the engine that stops the run; 0: see refuse_gap")
     add("--seed", type=int, default=42, help="of the order of prompts and of sampling")
     add("--save-every", type=int, default=20, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints kept")
     add("--log-rollouts", type=int, default=8, help="rollouts of each step that go to rollouts.jsonl")
     add("--eval-every", type=int, default=0, help="steps between small Pass@1 evaluations (0: none)")
-    add("--eval-problems", default="", help="problems of these evaluations (JSONL)")
-    add("--eval-n", type=int, default=4, help="samples of each, at temperature 0.6 and top-p 0.95")
+    add("--eval-problems", default="", help="their problems (JSONL); --rollouts samples of each")
     add("--verify-workers", type=int, default=2, help="verifying processes of each rank")
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "rlvr", argv)
     common.require_loggers(args)
-    for name in ("prompts_per_step", "rollouts", "epochs", "max_response_tokens", "updates_per_batch", "save_every", "keep"):
+    for name in ("prompts_per_step", "rollouts", "epochs", "max_response_tokens", "updates_per_batch", "save_every"):
         if getattr(args, name) < 1:
             common.die(f"--{name.replace('_', '-')} must be at least 1")
     if args.temperature <= 0 or (args.eval_every and not args.eval_problems):
@@ -154,16 +153,16 @@ def prompts_of_step(n_problems: int, prompts_per_step: int, seed: int, step: int
     return order[i * prompts_per_step:(i + 1) * prompts_per_step].tolist()
 
 
-def draw_rollouts(engine, tokenizer, problems, step: int, args, progress=None) -> list[Rollout]:
+def draw_rollouts(engine, tokenizer, problems, step, args, progress=None) -> list[Rollout]:
     """G rollouts of each problem, in order; the sampling seed of each is a function of (seed, step, pid, g) alone."""
     asked = [(problem, g) for problem in problems for g in range(args.rollouts)]
+    prompts = [problem["prompt_ids"] for problem, _ in asked]
+    seeds = [common.request_seed(args.seed, step, problem["pid"], g) for problem, g in asked]
     rollouts = [None] * len(asked)
-    for i, drawn in engine.generate([problem["prompt_ids"] for problem, _ in asked],
-                                    [common.request_seed(args.seed, step, problem["pid"], g) for problem, g in asked],
-                                    args.temperature, 1.0, args.max_response_tokens, progress):
-        problem, g = asked[i]
-        rollouts[i] = Rollout(problem["pid"], g, problem["prompt_ids"], list(drawn.ids), drawn.finish,
-                              torch.tensor(drawn.logp), common.decode_response(tokenizer, drawn.ids))
+    for i, drawn in engine.generate(prompts, seeds, args.temperature, 1.0, args.max_response_tokens, progress):
+        text = common.decode_response(tokenizer, drawn.ids)
+        rollouts[i] = Rollout(asked[i][0]["pid"], asked[i][1], prompts[i], list(drawn.ids), drawn.finish,
+                              torch.tensor(drawn.logp), text)
     return rollouts
 
 
@@ -336,7 +335,6 @@ def update(policy, optimizer, rollouts, step: int, args, dist, interrupts) -> di
     """
     history = []
     for k in range(args.updates_per_batch):
-        optimizer.zero_grad(set_to_none=True)
         stats = backward(policy, rollouts, args, dist)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
         stats["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -350,15 +348,17 @@ def update(policy, optimizer, rollouts, step: int, args, dist, interrupts) -> di
                 r.logp_old = r.logp_new if args.updates_per_batch > 1 else None
         interrupts.held = True                               # from here to the end of the step: all or nothing
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         history.append(stats)
     return {name: statistics.fmean(stats[name] for stats in history) for name in history[0]}
 
 
 def refuse_gap(gap: float, args, dist, where: str):
+    """Stop if the mean |log p(trainer) - log p(engine)| is over --max-logp-gap; 0: 1e-4, or 0.05 on CUDA (bf16)."""
     limit = args.max_logp_gap or (0.05 if dist.device.startswith("cuda") else 1e-4)
     if not gap <= limit:
-        common.die(f"{where}: mean |log p(trainer) - log p(engine)| is {gap:.2g}, over --max-logp-gap {limit:g}: the engine draws "
-                   "from other weights, or from another distribution, than the trainer trains")
+        common.die(f"{where}: mean |log p(trainer) - log p(engine)| is {gap:.2g}, over the limit (--max-logp-gap) of {limit:g}: "
+                   "the engine draws from other weights, or from another distribution, than the trainer trains")
 
 
 @torch.no_grad()
@@ -380,15 +380,13 @@ def check_sync(engine, policy, rollouts, step: int, args, dist) -> dict:
     return {"sync_gap_mean": total / n, "sync_gap_max": largest(gap.max(), dist)}
 
 
-def evaluate(engine, tokenizer, problems, args, dist) -> float:
-    """A small Pass@1: mean correctness of --eval-n samples of each problem, with the same sampling seeds every time."""
-    asked = [(problem, k) for problem in problems[dist.rank::dist.world] for k in range(args.eval_n)]
-    seeds = [common.request_seed(args.seed, "eval", problem["pid"], k) for problem, k in asked]
-    drawn = engine.generate([problem["prompt_ids"] for problem, _ in asked], seeds, 0.6, 0.95, args.max_response_tokens)
-    pairs = [(common.decode_response(tokenizer, d.ids), asked[i][0]["answer"]) for i, d in drawn]
-    n_correct = sum(verdict.correct is True for verdict in verifier.verify_many(pairs, workers=args.verify_workers))
-    counts = common.all_reduce_sum(torch.tensor([n_correct, len(pairs)], dtype=torch.float64, device=dist.device))
-    return float(counts[0] / counts[1])
+def evaluate(engine, tokenizer, problems, answers, args, dist) -> float:
+    """A small Pass@1: mean reward of --rollouts samples of each problem, drawn as in training, the same seeds every time."""
+    rollouts = draw_rollouts(engine, tokenizer, problems[dist.rank::dist.world], "eval", args)
+    give_rewards(rollouts, answers, args)
+    counts = torch.tensor([sum(r.reward for r in rollouts), len(rollouts)], dtype=torch.float64, device=dist.device)
+    total, n = common.all_reduce_sum(counts).tolist()
+    return total / n
 
 
 class Interrupts:
@@ -443,8 +441,8 @@ def main(argv=None):
 
     tokenizer = common.load_tokenizer(args.model)
     problems = usable_problems(args.problems, tokenizer, args, args.prompts_per_step, say)
-    answers = {problem["pid"]: problem["answer"] for problem in problems}
     eval_problems = usable_problems(args.eval_problems, tokenizer, args, dist.world, say) if args.eval_every else []
+    answers = {problem["pid"]: problem["answer"] for problem in eval_problems + problems}
     n_steps = len(problems) // args.prompts_per_step * args.epochs
     n_steps = min(n_steps, args.max_steps or n_steps)
     longest = max(len(problem["prompt_ids"]) for problem in problems + eval_problems) + args.max_response_tokens
@@ -459,7 +457,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     done = common.load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
     reference = common.load_model(args.model, device=dist.device) if args.kl_coef else None
-    engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device)
+    engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device,
+                                 gpu_memory=args.gpu_memory, sleep=args.sleep)
     engine.sync(model)
     save = lambda: common.save_checkpoint(out, f"step-{done:06d}", model, tokenizer, optimizer, args.keep, dist, step=done)
     if dist.rank == 0:
@@ -479,6 +478,7 @@ def main(argv=None):
             with timed(seconds, "rollout"), tqdm(total=len(chosen) * args.rollouts, desc=f"step {step}", unit=" rollouts",
                                                  leave=False, disable=True if dist.rank else None) as bar:
                 rollouts = draw_rollouts(engine, tokenizer, chosen, step, args, bar)
+            engine.sleep()
             with ThreadPoolExecutor(1) as pool:              # the verifier's processes work while the reference scores
                 rewards = pool.submit(timed(seconds, "verify")(give_rewards), rollouts, answers, args)
                 with timed(seconds, "reference"):
@@ -495,7 +495,7 @@ def main(argv=None):
             done = step
             if args.eval_every and step % args.eval_every == 0:
                 with timed(seconds, "eval"):
-                    stats["eval_pass1"] = evaluate(engine, tokenizer, eval_problems, args, dist)
+                    stats["eval_pass1"] = evaluate(engine, tokenizer, eval_problems, answers, args, dist)
 
             row = {"step": step, "epoch": step * args.prompts_per_step / len(problems), "lr": args.lr,
                    **summary(rollouts, stats, seconds, args, dist), "seconds": time.perf_counter() - began}
