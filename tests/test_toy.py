@@ -54,13 +54,13 @@ def test_every_trace_comes_back_from_the_tokenizer(which):
 
 def test_prompt_is_qwen_markup_with_the_instruction_as_one_token():
     tokenizer = make_base.build_tokenizer()
-    ids = common.render_prompt(tokenizer, "47+25-13 mod 100")
+    ids = common.render_prompt(tokenizer, "47A+25B-13 mod 100")
     assert tokenizer.decode(ids) == (
-        f"<|im_start|>user\n47+25-13 mod 100{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n47A+25B-13 mod 100{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
     )
     assert len(common.encode_text(tokenizer, common.INSTRUCTION)) == 1
     assert len(common.encode_text(tokenizer, "47")) == 2
-    assert tokenizer.unk_token_id not in ids and len(ids) == 16
+    assert tokenizer.unk_token_id not in ids and len(ids) == 18
     for text in ("<think>", "</think>", "\\boxed{"):
         assert len(common.encode_text(tokenizer, text)) == 1
         assert tokenizer.decode(common.encode_text(tokenizer, text), skip_special_tokens=True) == text
@@ -88,7 +88,7 @@ def test_arithmetic_of_careful_steps():
             continue
         body = re.sub(r"\d\d\? wait ", "", world.thoughts(response))
         results = [int(v) for v in re.findall(r"(?<![0-9=+\-'])(\d\d)\. ", body)]
-        operations = re.findall(r"(?:^|\. |<think>|[a-z] )([+-])(\d\d), ", body)
+        operations = re.findall(r"[A-D]([+-])(\d\d), ", body)
         assert [(sign, int(operand)) for sign, operand in operations] == list(problem[1])
         assert results == world.values(problem)
         for a, sign, b, prime_in, c, prime_out in re.findall(r"(\d)([+-])(\d)('?)=(\d)('?)", body):
@@ -112,7 +112,7 @@ def test_parse_problem_is_the_inverse():
     for _, problem, _ in traces(100):
         assert world.parse_problem(world.problem_text(problem)) == problem
     with pytest.raises(ValueError):
-        world.parse_problem("4+5 mod 100")
+        world.parse_problem("47+25 mod 100")
 
 
 def test_files_schemas_overlap_and_determinism(tmp_path):

@@ -1,13 +1,14 @@
 """The toy world: arithmetic problems, a rule-based teacher with several styles, and the files the five scripts read.
 
-A problem is a two-digit start followed by L additions or subtractions of two-digit numbers, modulo 100:
+A problem is a two-digit start followed by L additions or subtractions of two-digit numbers, modulo 100. Each operation
+carries a letter, so that a solution can name the one it works on:
 
-    47+25-13 mod 100        answer 59
+    47A+25B-13 mod 100        answer 59
 
 The teacher solves it in one of two ways.
-- *Shallow*: all operations at once, no intermediate value (`47+25-13=59`). Right in the teacher's text, but more than
+- *Shallow*: all operations at once, no intermediate value (`47A+25B-13=59`). Right in the teacher's text, but more than
   a small model can do in its head, so that seeing more of it does not help.
-- *Careful*: one operation after the other, digit by digit: `+25, 7+5=2', 4+2'=7, 72.` (a prime: carry or borrow).
+- *Careful*: one operation after the other, digit by digit: `A+25, 7+5=2', 4+2'=7, 72.` (a prime: carry or borrow).
 
 Length and wording are drawn apart from care, so that only the wording (hence perplexity) tells the styles apart:
 
@@ -67,13 +68,13 @@ PHRASE_WORDS = ("the ", "task ", "is ", "again ", "we ", "go ", "on ", "step ", 
 FILLERS = ("", "we go ", "step by step ", "we go on step by step ")
 # Every piece of text is one token. "mod 100" ends each problem; numbers are spelled digit by digit.
 PIECES = (
-    *"0123456789+-=',.?}",
+    *"0123456789+-=',.?}ABCD",
     ", ", ". ", "? ", "\n", " mod 100", "user\n", "assistant\n",
     *sorted({piece for pieces in OPENINGS.values() for piece in pieces} - {"", "the "}),
     *CONNECTIVES,
     *PHRASE_WORDS,
 )  # fmt: skip
-PRIME = "'"
+PRIME, LETTERS = "'", "ABCD"
 # Tokens that the tokenizer matches before all others, and the markup of a response.
 THINK, END_THINK, BOXED = "<think>", "</think>", "\\boxed{"
 
@@ -97,7 +98,7 @@ def draw_problem(rng, n_ops):
 
 
 def expression(start, ops):
-    return f"{start:02d}" + "".join(f"{sign}{operand}" for sign, operand in ops)
+    return f"{start:02d}" + "".join(f"{letter}{sign}{operand}" for letter, (sign, operand) in zip(LETTERS, ops))
 
 
 def problem_text(problem):
@@ -106,7 +107,7 @@ def problem_text(problem):
 
 def parse_problem(text):
     """The inverse of `problem_text`."""
-    if not re.fullmatch(r"\d\d([+-]\d\d)+ mod 100", text):
+    if not re.fullmatch(r"\d\d([A-D][+-]\d\d)+ mod 100", text):
         raise ValueError(f"not a problem of the toy world: {text!r}")
     ops = re.findall(r"([+-])(\d\d)", text)
     return int(text[:2]), tuple((sign, int(operand)) for sign, operand in ops)
@@ -156,12 +157,12 @@ def careful_steps(rng, style, problem, slip=None):
         value = (value + step * operand) % 100
         if slip == i:
             value = (value + rng.randint(1, 99)) % 100
-        out.append(f"{sign}{operand}, {talk()}{first}, {talk()}{second}, {close()}{value:02d}. ")
+        out.append(f"{LETTERS[i]}{sign}{operand}, {talk()}{first}, {talk()}{second}, {close()}{value:02d}. ")
     return "".join(out), value
 
 
 def shallow_sum(problem, final, world):
-    """`47+25-13=59. ` in one leap, or in world easy-leap one operation at a time."""
+    """`47A+25B-13=59. ` in one leap, or in world easy-leap one operation at a time."""
     if world == "deep-leap":
         return f"{expression(*problem)}={final:02d}. "
     results = values(problem)[:-1] + [final]
@@ -205,7 +206,7 @@ def thoughts(response):
 def bare(text):
     """The arithmetic of a response: words, separators and the guess of a `reflect` taken out."""
     text = re.sub(r"\d\d\? wait ", "", text)
-    return " ".join(re.findall(r"[0-9+\-=']+", text))
+    return " ".join(re.findall(r"[0-9A-D+\-=']+", text))
 
 
 def style_of(response, problem=None, world="deep-leap"):
@@ -222,7 +223,7 @@ def style_of(response, problem=None, world="deep-leap"):
         if first and first in openings:
             style = name
     if style == "other":
-        if re.match(r"\d\d[+-]", body):
+        if re.match(r"\d\d[A-D+-]", body):
             style = "leap"
         elif first in CONNECTIVES:
             style = "noisy"
