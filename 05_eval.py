@@ -1,7 +1,7 @@
 """Stage 5: evaluate a checkpoint. Pass@1, Pass@k for every k, policy entropy, each with its interval.
 
     python 05_eval.py --model runs/x/sft --problems data/aime24.jsonl data/math500.jsonl --n 128 --out runs/x/eval
-    torchrun --nproc-per-node 8 -- 05_eval.py --model … --problems … --n 128 --out …    (`--`, or torchrun trips over --n)
+    torchrun --nproc-per-node 8 -- 05_eval.py --model … --problems … --n 128 --out …   (`--`: torchrun has its own --n…)
     python 05_eval.py --regrade --problems data/aime24.jsonl --out runs/x/eval       grade the stored responses again
     python 05_eval.py --show 3 --problems data/aime24.jsonl --out runs/x/eval        read three of them
 
@@ -213,7 +213,7 @@ def sorted_entropy(bench):
 
 
 def grade(bench, args):
-    """Grade the ungraded rows (all with --regrade), write all back sorted. -> rows, [(before, after)] of changed ones."""
+    """Grade the ungraded rows (--regrade: all), write them back sorted. -> rows, [(before, after)] of changed ones."""
     rows, changed = bench.sorted_rows(), []
     todo = [i for i, row in enumerate(rows) if args.regrade or row["status"] == UNGRADED]
     verdicts = verifier.verify_many([(rows[i]["response"], bench.answers[rows[i]["pid"]]) for i in todo],
@@ -444,7 +444,8 @@ def draw_and_measure(benches, args, dist):
     if dist.rank == 0:
         for bench in benches:
             c.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(
-                "problems", "n", "token_budget", "verify_workers", "regrade", "second_grader", "show", "show_pid"))
+                "problems", "n", "n_of", "token_budget", "verify_workers", "regrade", "second_grader", "show",
+                "show_pid"))
     c.barrier()
     start = time.time()
     if n_missing:

@@ -166,7 +166,7 @@ def both(first, second):
 
 
 def judge_claims(run, arm, reference, k):
-    """-> {claim: {claim, value, low, high, seeds, n_problems, verdict, benchmarks: {name: the same}}}, C4 also whole."""
+    """-> {claim: {claim, value, low, high, seeds, n_problems, verdict, benchmarks: {name: effect}}}, C4 also whole."""
     found = {}
     for name, (text, what, when) in CLAIMS.items():
         effect = estimate(run, what, arm, reference, when, k=k)
@@ -646,8 +646,8 @@ CONTROLS_TEXT = ("Not in the paper. `length_matched`: random responses with the 
 def verdict_rule():
     return (f"*not reproduced*: the whole interval lies below {SMALLEST_EFFECT} (one point; for entropy "
             f"{SMALLEST_EFFECT} nats); *reproduced*: otherwise, if the whole interval lies above 0; *undecided*: "
-            "otherwise. C4 holds if both of its parts do. Differences are paired by problem and seed; benchmarks weigh alike; "
-            "intervals: bootstrap over problems and seeds.")
+            "otherwise. C4 holds if both of its parts do. Differences are paired by problem and seed; benchmarks weigh "
+            "alike; intervals: bootstrap over problems and seeds.")
 
 
 def draw(run, worlds, label, out):

@@ -182,6 +182,13 @@ def test_more_samples_keep_the_old_ones(finished, tiny_model_dir, tmp_path):
     assert text(tmp_path) == text(out)
 
 
+def test_a_benchmark_with_its_own_number_of_samples(finished, tiny_model_dir, tmp_path):
+    out, paths = finished
+    evaluate.main([*flags(tiny_model_dir, tmp_path, *paths, n=1, entropy_samples=0), "--n-of", "b=2", "other=9"])
+    results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+    assert [results[b]["n_samples"] for b in "ab"] == [1, 2] and results["a"]["entropy"] is None
+
+
 # --------------------------------------------------------------------------------------------------------- grading
 
 ANSWERS = {"right": "<think>a</think>\\boxed{4}", "other": "<think>b</think>so \\boxed{4}.",
@@ -268,6 +275,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
     (["--n", "4"], "--model is needed: 5 responses"),
     (["--model", "nowhere/here"], "other settings"),
     (["--n", "0"], "at least 1"),
+    (["--n-of", "a=some"], "NAME=N"),
 ])
 def test_bad_input_is_one_sentence(finished, tiny_model_dir, capsys, change, sentence):
     out, paths = finished
