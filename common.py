@@ -19,7 +19,6 @@ import importlib.util
 import json
 import math
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -76,11 +75,14 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
     for target in targets.values():
         target.add_argument("--recipe", metavar="FILE", default=None,
                             help="TOML file whose section gives the defaults; flags override it")
+        target.add_argument("--plan", action="store_true", help="print what this command would cost (plan.py), and stop")
     recipe = next((a.split("=", 1)[1] if "=" in a else argv[i + 1] for i, a in enumerate(argv)
                    if a.startswith("--recipe=") or (a == "--recipe" and i + 1 < len(argv))), None)
     target = targets.get(next((a for a in argv if a in targets), None))
+    section = target.section if subs and target else section
+    for action in target._actions if target and "--plan" in argv else ():
+        action.required = False
     if recipe and target:
-        section = target.section if subs else section
         values = load_recipe(recipe).get(section, {})
         actions = {a.dest: a for a in target._actions if a.option_strings}
         for key, value in values.items():
@@ -97,7 +99,13 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
             action.required = False
         target.set_defaults(**values)
         print(f"[{section}] from {recipe}: " + ", ".join(f"{k}={v}" for k, v in values.items()), flush=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.plan:
+        import plan
+        plan.explain(section, args)
+        raise SystemExit(0)
+    del args.plan
+    return args
 
 
 # ------------------------------------------------------------------------------------------------ JSONL hand-overs
@@ -473,7 +481,18 @@ def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False)
     model = AutoModelForCausalLM.from_pretrained(model_dir(path), dtype=dtype, attn_implementation="packed").to(device)
     if model.get_output_embeddings().bias is not None:
         die(f"{path} has a bias in its output layer, which the log-prob primitive does not implement")
+    if not trainable and torch.device(device).type == "cuda":
+        halve_linear(model)
     return model.train(trainable).requires_grad_(trainable)
+
+
+def halve_linear(model):
+    """Linear layers in bf16: for a frozen model under autocast, which would cast them at each call, the same numbers in half
+    the memory. Embedding, norms and a tied output layer stay as they are."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not (tied and module is model.get_output_embeddings()):
+            module.to(torch.bfloat16)
 
 
 def check_positions(config, needed: int, what: str):
@@ -737,27 +756,3 @@ def bootstrap(benchmarks: list, same_problems: bool = True, n_boot: int = 2000, 
     stretch = np.array([t_quantile((1 + level) / 2, max(f, 1.0)) / normal for f in freedom])
     low, high = np.quantile(by_seed + by_problem, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return mean, mean + stretch * low, mean + stretch * high
-
-
-# ------------------------------------------------------------------------------------- for run_all.sh: [run] as shell
-
-
-def shell_variables(recipe) -> str:
-    """The recipe's [run] section as bash assignments; lists become arrays, `benchmarks = {name = source}` an array of names
-    and a variable source_NAME for each."""
-    lines = []
-    for key, value in load_recipe(recipe).get("run", {}).items():
-        if isinstance(value, dict):
-            lines += [f"source_{name}={shlex.quote(source)}" for name, source in value.items()]
-            value = list(value)
-        if isinstance(value, list):
-            lines.append(f"{key}=({' '.join(shlex.quote(str(v)) for v in value)})")
-        else:
-            lines.append(f"{key}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["run-section"] or len(sys.argv) != 3:
-        die("usage: python common.py run-section RECIPE")
-    print(shell_variables(sys.argv[2]))

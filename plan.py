@@ -285,8 +285,13 @@ class Planner:
         memory = self.training_memory(model, s)
         if s["kl_coef"]:
             memory["reference"] = model.frozen_bytes()
-        memory |= self.engine_memory(model, s["gpu_memory"]) if not s["sleep"] else {}
+        engine = self.engine_memory(model, s["gpu_memory"])
         notes = [f"{steps:,} steps of {n} rollouts; {draw + rest:.0f} s a step: {draw:.0f} drawing, {rest:.0f} training"]
+        if s["sleep"]:
+            while_drawing = sum(engine.values()) + sum(memory.get(k, 0) for k in ("weights", "optimizer", "reference"))
+            notes.append(f"vLLM sleeps while the trainer works; while it draws, {while_drawing / GB:.1f} GB of a card are used")
+        else:
+            memory |= engine
         if steps < whole:
             days = whole * (draw + rest) / 86400
             notes.append(f"the whole {whole:,} steps of the paper would take {days:.0f} days (about {max(1, round(days / 7))} "
@@ -458,6 +463,21 @@ def load(path):
         die(f"recipe {path} cannot be read: {error}")
 
 
+def shell_variables(recipe):
+    """[run] as bash assignments; lists become arrays, `benchmarks = {name = source}` an array of names and a variable
+    source_NAME for each."""
+    lines = []
+    for key, value in recipe.get("run", {}).items():
+        if isinstance(value, dict):
+            lines += [f"source_{name}={shlex.quote(source)}" for name, source in value.items()]
+            value = list(value)
+        if isinstance(value, list):
+            lines.append(f"{key}=({' '.join(shlex.quote(str(v)) for v in value)})")
+        else:
+            lines.append(f"{key}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    return "\n".join(lines)
+
+
 def total_cards(recipe, nodes=None):
     return recipe.get("run", {}).get("cards", 1) * int(nodes or os.environ.get("NNODES", 1))
 
@@ -466,6 +486,8 @@ def explain(section, args):
     """`--plan` of one script: its figures with the arguments it was given."""
     recipe = load(args.recipe) if args.recipe else {}
     planner = Planner(recipe, total_cards(recipe))
+    if section not in DEFAULTS:
+        return print(f"[{section}] costs nothing worth a plan")
     cost = planner.cost(section, {**planner.settings(section), **{k: v for k, v in vars(args).items() if v is not None}})
     print(f"[{section}] on {planner.cards} cards:")
     print("\n".join(describe(cost, planner)) if cost and (cost.tokens or cost.disk) else "      nothing to reckon")
@@ -475,9 +497,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="TOML file")
     parser.add_argument("--check", action="store_true", help="only say what is missing here; exit code 2 if anything is")
+    parser.add_argument("--shell", action="store_true", help="print [run] as bash assignments, for run_all.sh")
     parser.add_argument("--nodes", type=int, help="nodes of the recipe's cards (default: NNODES, else 1)")
     args = parser.parse_args(argv)
     recipe = load(args.recipe)
+    if args.shell:
+        return print(shell_variables(recipe))
     if args.check:
         lacking = missing(recipe)
         if lacking:

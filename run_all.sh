@@ -20,7 +20,10 @@ while [ $# -gt 0 ]; do
     *) recipe="$1"; shift ;;
   esac
 done
-source ./setup.sh
+bare=.venv/bin/python                                # plan.py needs Python alone: it speaks before anything is installed
+[ -x $bare ] || bare="${PYTHON:-python3}"
+"$bare" -c 'import tomllib' 2>/dev/null || { echo "error: Python 3.11 or newer is needed, as python3 or in PYTHON" >&2; exit 2; }
+GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [ -z "$recipe" ]; then
   recipe=toy
   [ "$GPUS" -ge 8 ] && recipe=paper_1.5b
@@ -28,21 +31,26 @@ if [ -z "$recipe" ]; then
 fi
 [ -f "$recipe" ] || recipe="recipes/$recipe.toml"
 [ -f "$recipe" ] || { echo "error: no recipe $recipe; there are: $(cd recipes && echo *.toml)" >&2; exit 2; }
-if [ -n "$plan" ]; then exec python plan.py "$recipe"; fi
 
-eval "$(python common.py run-section "$recipe")"     # arms, rlvr_arms, benchmarks, ... of the recipe's [run], shell-quoted
+variables="$("$bare" plan.py "$recipe" --shell)"     # arms, rlvr_arms, benchmarks, ... of the recipe's [run], shell-quoted
+eval "$variables"
 seeds="${seeds:-$n_seeds}"
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
-NPROC="${NPROC:-$GPUS}"                              # ranks on this node: a card each; NPROC=2 tries two ranks on a CPU
 run="${RUNS:-runs}/$(basename "$recipe" .toml)"
-mkdir -p "$run/logs"
+if [ -n "$plan" ]; then
+  NPROC="${NPROC:-${cards:-1}}"
+else
+  "$bare" plan.py "$recipe" --check                  # what is missing here is said now, not hours later
+  source ./setup.sh
+  NPROC="${NPROC:-$GPUS}"                            # ranks on this node: a card each; NPROC=2 tries two ranks on a CPU
+  mkdir -p "$run/logs"
+fi
 [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1        # one thread per process beats two, on two cores
 export TOKENIZERS_PARALLELISM=false
-python plan.py "$recipe" --check                     # what is missing here is said now, not hours later
 
 ranks=(python)                                       # how a script that uses all cards is started
 if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
-  ranks=(torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC")
+  ranks=(torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC" --log_dir "$run/logs/ranks" --tee 3)
   [ "$NNODES" -gt 1 ] && ranks+=(--rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:?}:${MASTER_PORT:-29500}") || ranks+=(--standalone)
 fi
 
@@ -60,6 +68,7 @@ step() {
   else "$@" > "$run/logs/$name.log" 2>&1; fi || {
     local code=$?
     tail -n 20 "$run/logs/$name.log" >&2
+    grep -E '(^|\]:)error: ' "$run/logs/$name.log" | head -n 3 >&2 || true    # a rank's own message, above torchrun's summary
     echo "error: '$name' ended with code $code; its log is $run/logs/$name.log; the same command goes on from here" >&2
     exit "$code"
   }
@@ -102,11 +111,13 @@ arm() {                                              # select, train, evaluate; 
   esac
 }
 
+everything() {
 for ((i = 0; i < seeds; i++)); do
   seed=$((first_seed + i)) s="seed-$((first_seed + i))"
   data="$run/$s/data"
   [ "$data_per_seed" = true ] || data="$run/data"
-  mkdir -p "$data" "$run/$s"
+  tests=("${benchmarks[@]/#/$data/}") && tests=("${tests[@]/%/.jsonl}")
+  [ -n "$plan" ] || mkdir -p "$data" "$run/$s"
   # 1 data: problems, teacher traces, benchmarks
   if [ "$world" != none ]; then
     base="toy/$world_base"
@@ -119,10 +130,9 @@ for ((i = 0; i < seeds; i++)); do
       source_of="source_$b"
       step "problems-$b" python 01_sample.py problems --source "${!source_of}" --out "$data/$b.jsonl"
     done
-    step teacher python 01_sample.py teacher --recipe "$recipe" --model "$base" --out "$data/teacher.jsonl" --problems-out "$data/problems.jsonl" --benchmarks "${benchmarks[@]/#/$data/}"
-    step problems-rlvr python 01_sample.py problems --source "$rlvr_source" --out "$data/rlvr.jsonl"
+    step teacher python 01_sample.py teacher --recipe "$recipe" --model "$base" --out "$data/teacher.jsonl" --problems-out "$data/problems.jsonl" --benchmarks "${tests[@]}"
+    step problems-rlvr python 01_sample.py problems --recipe "$recipe" --source "$rlvr_source" --out "$data/rlvr.jsonl" --benchmarks "${tests[@]}"
   fi
-  tests=("${benchmarks[@]/#/$data/}") && tests=("${tests[@]/%/.jsonl}")
   # 2 verify and score; the base's own wrong answers
   spawn teacher "$data"; spawn self "$data"; join
   # 3 to 5 the arms
@@ -131,4 +141,14 @@ for ((i = 0; i < seeds; i++)); do
   join
 done
 step report python report.py "$run"
+}
+
+if [ -n "$plan" ]; then
+  step() { shift; echo "$*"; }
+  spawn() { "$@"; }
+  join() { :; }
+  everything | "$bare" plan.py "$recipe"
+  exit
+fi
+everything
 cat "$run/logs/report.log"
