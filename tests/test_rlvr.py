@@ -387,6 +387,25 @@ def test_degenerate_models_are_survived_and_counted(tmp_path, problems, token, t
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
 
 
+def test_a_verifier_worker_killed_in_mid_step_costs_at_most_its_own_item():
+    """Rewards of 600 rollouts that need real work; the worker process is killed while it judges them."""
+    texts = [f"<think>x</think>\\boxed{{\\sqrt{{{k + 2}}} + \\frac{{{k}}}{{7}} + \\sin(1)}}" for k in range(600)]
+    answers = {f"p{k}": f"\\sin(1) + \\frac{{{2 * k}}}{{14}} + \\sqrt{{{k + 2 + k % 2}}}" for k in range(600)}
+    rollouts = [rlvr.Rollout(f"p{k}", 0, [1], [2], "stop", torch.zeros(1), text) for k, text in enumerate(texts)]
+    rlvr.give_rewards(rollouts[:1], answers, configure())                  # a worker is up and waits
+    process = verifier.POOL.idle[0]
+    thread = threading.Thread(target=rlvr.give_rewards, args=(rollouts, answers, configure()))
+    thread.start()
+    while process in verifier.POOL.idle and thread.is_alive():
+        time.sleep(0.001)
+    process.kill()
+    thread.join(timeout=120)
+    assert not thread.is_alive() and process not in verifier.POOL.idle, "the killed worker was at work"
+    unknown = [r for r in rollouts if r.correct is None]
+    assert len(unknown) <= 1 and all(r.status for r in rollouts) and all(r.reward == 0 for r in unknown)
+    assert all(r.reward == (k % 2 == 0) for k, r in enumerate(rollouts) if r.correct is not None)
+
+
 def test_responses_of_one_token(tmp_path, tiny_model_dir, problems):
     row = run(tiny_model_dir, problems, tmp_path / "out", "--max-steps", "1", "--max-response-tokens", "1")[0]
     assert row["response_tokens_max"] == 1 and row["reward"] == 0 and math.isfinite(row["loss"])
