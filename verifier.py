@@ -369,7 +369,7 @@ def verify_many(pairs, workers=None, progress=None, pool=POOL):
 def serve(megabytes, limits):
     """A worker: lines of JSON [[predicted, golds]…] in, a line [correct, status] out for each pair as it is judged."""
     LIMITS.update(limits)
-    sys.setrecursionlimit(max(1_000, 10 * LIMITS["depth"]))
+    sys.setrecursionlimit(max(1_000, min(10 * LIMITS["depth"], 10**8)))
     size = megabytes << 20
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
