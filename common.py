@@ -456,7 +456,7 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
         q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))     # [S_g, heads, L_g, D]
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2)
-        out = out.index_put((index[valid],), o[valid])
+        out = out.index_put((index[valid],), o[valid].to(out.dtype))
     return out[None], None
 
 

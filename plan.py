@@ -389,8 +389,8 @@ def show(recipe_path, recipe, commands, cards):
             disk += cost.disk
             print("\n".join(describe(cost, planner)))
     print(f"\nIn all: disk {human(disk)}B" + ("; minutes on a CPU, see docs/LOG.md" if planner.toy else
-          f", {sum(hours.values()):.0f} h on {planner.cards} cards = {sum(hours.values()) * planner.cards:,.0f} card hours ("
-          + ", ".join(f"{name} {h:.1f} h" for name, h in hours.items() if h) + ")"))
+          f", {sum(hours.values()):.3g} h on {planner.cards} cards = {sum(hours.values()) * planner.cards:,.0f} card hours ("
+          + ", ".join(f"{name} {h:.2g} h" for name, h in hours.items() if h) + ")"))
     if not planner.toy:
         print(f"Reckoned for {p['card']}: {p['peak_tflops']} TFLOP/s peak, {p['utilisation']:.0%} of it used in training and scoring; "
               f"{p['bandwidth_tbs']} TB/s, {p['decode_efficiency']:.0%} used in decoding.\nAssumed (recipe, [plan]): "

@@ -1,0 +1,324 @@
+"""plan.py: sizes against real tiny models, arithmetic by hand, recipes against the scripts' flags, what is missing."""
+
+import importlib
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+
+import common
+import engines
+import plan
+
+SCRIPTS = {"01_sample": "main", "02_verify_score": "main", "03_train_oxa": "config", "04_rlvr": "config",
+           "05_eval": "parse"}
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
+TINY = {"tied": {}, "untied": {"tie": False}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
+                                                       "hidden_size": 128}}
+
+
+def parsers():
+    """Section -> (script, sub-command or None, its parser), by asking each script for its parser."""
+    found = {}
+
+    class Got(Exception):
+        pass
+
+    def catch(parser, section=None, argv=None):
+        subs = next((a.choices for a in parser._actions if hasattr(a.choices, "items") and a.dest == "command"), None)
+        found.update({p.section: (script, name, p) for name, p in subs.items()} if subs else {section: (script, None,
+                                                                                                        parser)})
+        raise Got
+
+    real, common.parse_args = common.parse_args, catch
+    try:
+        for script, function in SCRIPTS.items():
+            with pytest.raises(Got):
+                getattr(importlib.import_module(script), function)([])
+    finally:
+        common.parse_args = real
+    return found
+
+
+@pytest.fixture(scope="module")
+def sections():
+    return parsers()
+
+
+@pytest.fixture(scope="module", params=TINY)
+def tiny(request, tmp_path_factory):
+    """(a planner's model, the real one, its directory)"""
+    path = make_model(tmp_path_factory.mktemp(request.param), **TINY[request.param])
+    return plan.find_model(path), common.load_model(path, trainable=True), path
+
+
+# ----------------------------------------------------------------------------------------- sizes against real models
+
+
+def test_parameters_are_counted(tiny):
+    sizes, model, _ = tiny
+    assert sizes.n_params == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_of_the_known_models():
+    """As their model cards have them."""
+    known = {"Qwen2.5-0.5B": 494_032_768, "Qwen2.5-Math-1.5B": 1_543_714_304, "Qwen2.5-Math-7B": 7_615_616_512,
+             "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000, "DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512}
+    assert {name: model.n_params for name, model in plan.KNOWN.items()} == known
+    assert plan.find_model("Qwen/Qwen2.5-Math-7B") is plan.KNOWN["Qwen2.5-Math-7B"] and plan.find_model("a/b") is None
+
+
+def test_optimizer_gradients_and_checkpoint(tiny, tmp_path, tiny_tokenizer):
+    sizes, model, _ = tiny
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    packed = common.pack([(list(range(20)), 1)])
+    common.token_logprobs(model, packed)[0].sum().backward()
+    optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    s = {**plan.DEFAULTS["train"], "token_budget": 100}
+    memory = plan.Planner({}, 1).training_memory(sizes, s)
+    assert (memory["optimizer"], memory["gradients"], memory["weights"]) == (state, gradients, gradients)
+    sharded = plan.Planner({}, 8).training_memory(sizes, {**s, "shard": True})
+    assert sharded["optimizer"] == state / 8 and "DDP buckets" not in sharded
+
+    common.save_checkpoint(tmp_path, "step-000001", model, tiny_tokenizer, optimizer, step=1)
+    common.save_checkpoint(tmp_path, "final", model, tiny_tokenizer)
+    files = [f for f in tmp_path.rglob("*") if f.name in ("model.safetensors", "state.pt")]
+    weights_and_state = sum(f.stat().st_size for f in files)
+    expected = plan.Planner({}, 1).checkpoint(sizes, 1)
+    assert 1.0 <= weights_and_state / expected < 1.0 + 60_000 / expected      # headers, names and the random states
+
+
+def test_kv_cache(tiny):
+    sizes, model, _ = tiny
+    slots = engines.KVSlots(model.config, 3, 50, torch.bfloat16, "cpu")
+    assert sizes.kv_bytes() * 3 * 50 == sum(t.nbytes for t in slots.keys + slots.values)
+
+
+def test_flops_of_a_forward_pass(tiny):
+    """Against torch's counter, which counts all of a causal attention, the plan half of it (times SPREAD)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    sizes, model, _ = tiny
+    length = 40
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):       # it does not see the CPU's fused kernel
+        common.token_logprobs(model, common.pack([(list(range(length)), 1)]))
+    layers, output = sizes.forward_flops(length)
+    attention = 2 * sizes.layers * sizes.width * length
+    ours = (layers - attention * plan.SPREAD + 2 * attention) * length + output * (length - 1)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)         # biases cost nothing there
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_frozen_models_keep_their_numbers_in_half_the_memory(tie, tmp_path):
+    """bf16 linear layers under autocast: the very numbers of float32 weights under autocast, and the planned bytes."""
+    path = make_model(tmp_path / "m", tie=tie)
+    model = common.load_model(path)
+    packed = common.pack([(list(range(60)), 1), (list(range(7, 30)), 4)])
+
+    def hidden():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model.model(input_ids=packed.input_ids[None], position_ids=packed.position_ids[None], pack=packed,
+                               use_cache=False).last_hidden_state
+    before = hidden()
+    common.halve_linear(model)
+    assert torch.equal(before, hidden())
+    assert plan.find_model(path).frozen_bytes() == sum(p.nbytes for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------- arithmetic by hand
+
+
+def test_training_by_hand():
+    """1.5B on 8 cards: 6, 8 with recomputation, FLOPs a weight and token; 16 bytes a parameter and the rest."""
+    planner, model = plan.Planner({}, 8), plan.KNOWN["Qwen2.5-Math-1.5B"]
+    s = planner.settings("train", {"data": "x/sft/train.jsonl", "gradient_checkpointing": True})
+    cost = planner.train(s, model)
+    sequences = 50000 // 128 * 128 * 6
+    assert cost.tokens == sequences * (11000 + 150)
+    attention = 2 * 28 * 1536 * 1.3 * 11150
+    a_token = 4 * (2 * model.n_linear + attention) + 4 * 2 * 151936 * 1536
+    assert cost.seconds == pytest.approx(cost.tokens * a_token / (989e12 * 0.4 * 8))
+    assert cost.memory["weights"] + cost.memory["gradients"] + cost.memory["optimizer"] == 16 * model.n_params
+    assert cost.notes == ("2,340 steps of 128 sequences",)
+    both = planner.train({**s, "data": "x/oxa_full/train.jsonl"}, model)
+    assert both.tokens == cost.tokens + sequences * (7000 + 150)
+    assert planner.train({**s, "gradient_checkpointing": False}, model).seconds < cost.seconds
+
+
+def test_decoding_by_hand():
+    """64 responses a card side by side: as many steps as the longest has tokens, all keys and values read in each."""
+    planner, model = plan.Planner({}, 8), plan.KNOWN["Qwen2.5-Math-1.5B"]
+    bandwidth, context = 3.35e12 * 0.4, 150 + 1.3 * 9000 / 2
+    expected = (18432 * (0.008 + 2 * model.n_params / bandwidth) + 64 * 9000 * context * 28672 / bandwidth
+                + 64 * 9000 * 2 * model.n_params / (989e12 * 0.4))
+    assert planner.decode(model, 512, 9000, 18432, 60e9) == pytest.approx(expected)
+    assert planner.decode(model, 512, 9000, 18432, 1e9) > 1.5 * expected      # a small cache: they take turns
+
+
+def test_rlvr_says_what_the_paper_length_takes():
+    recipe = plan.load(ROOT / "recipes/paper_1.5b.toml")
+    planner = plan.Planner(recipe, 8)
+    cost = planner.rlvr(planner.settings("rlvr"), planner.base)
+    assert "300 steps of 512 rollouts" in cost.notes[0]
+    assert "3,120 steps of the paper would take 12 days (about 2 weeks)" in cost.notes[1]
+    whole = planner.rlvr(planner.settings("rlvr", {"max_steps": 0}), planner.base)
+    assert whole.seconds == pytest.approx(cost.seconds * 3120 / 300) and len(whole.notes) == 1
+
+
+@pytest.mark.parametrize("name, cards", [("paper_1.5b.toml", 8), ("paper_7b.toml", 8), ("smoke_1gpu.toml", 1)])
+def test_recipes_fit_their_cards(name, cards):
+    """And 7B would not without fully_shard, nor its RLVR with vLLM awake."""
+    recipe = plan.load(ROOT / "recipes" / name)
+    planner = plan.Planner(recipe, cards)
+    fits = lambda section, **given: sum(planner.cost(section, planner.settings(section, given)).memory.values()) < 80e9
+    assert all(fits(section) for section in ("sample", "score", "train", "rlvr", "eval"))
+    if "7b" in name:
+        assert not fits("train", shard=False) and not fits("rlvr", sleep=False)
+
+
+def test_read_command():
+    recipe = plan.load(ROOT / "recipes/paper_1.5b.toml")
+    planner = plan.Planner(recipe, 8)
+    words = "torchrun --nproc_per_node 8 05_eval.py --model m --problems d/aime24.jsonl d/minerva.jsonl --n 2 --out o"
+    section, s = plan.read_command(words.split(), planner)
+    assert section == "eval" and s["n"] == 2 and s["problems"] == ["d/aime24.jsonl", "d/minerva.jsonl"]
+    assert planner.cost(section, s).notes == ("302 problems, 17,468 samples",)          # 30 x 2 + 272 x 64
+    assert plan.read_command("python 01_sample.py model --n 3 --limit 10".split(), planner)[1]["n"] == 3
+    assert plan.read_command("python report.py runs/x".split(), planner) == (None, {})
+
+
+# -------------------------------------------------------------------------------------------- recipes and the scripts
+
+
+def test_defaults_are_those_of_the_scripts(sections):
+    for section, defaults in plan.DEFAULTS.items():
+        parser = sections[section][2]
+        for key, value in defaults.items():
+            assert parser.get_default(key) == value or key == "arm", (section, key)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_keys_are_flags_of_their_script(name, sections, monkeypatch):
+    """Every section of every recipe through the real parser of its script."""
+    recipe = plan.load(ROOT / "recipes" / name)
+    monkeypatch.chdir(ROOT)
+    for section, values in recipe.items():
+        if section in ("run", "plan"):
+            continue
+        assert section in sections, f"no script reads [{section}]"
+        script, command, parser = sections[section]
+        needed = [w for a in parser._actions if a.required and a.dest not in values
+                  for w in (a.option_strings[-1], a.choices[0] if a.choices else "x")]
+        argv = [*([command] if command else []), "--recipe", f"recipes/{name}", *needed]
+        args = {}
+        real = common.parse_args
+        monkeypatch.setattr(common, "parse_args", lambda *a, **k: args.setdefault("got", real(*a,
+                                                                                              **k)) and sys.exit(99))
+        with pytest.raises(SystemExit) as stop:
+            getattr(importlib.import_module(script), SCRIPTS[script])(argv)
+        monkeypatch.setattr(common, "parse_args", real)
+        assert stop.value.code == 99, (section, argv)
+        assert {key: getattr(args["got"], key) for key in values} == values
+
+
+@pytest.mark.parametrize("size, steps", [("1.5b", 18432), ("7b", 16384)])
+def test_paper_recipes_have_the_papers_numbers(size, steps):
+    recipe = plan.load(ROOT / f"recipes/paper_{size}.toml")
+    train, rlvr, select, evaluation = (recipe[s] for s in ("train", "rlvr", "select", "eval"))
+    assert (train["lr"], select["mu"]) == ((2.5e-4, 2.5) if size == "1.5b" else (5e-5, 3.0))
+    assert (train["ce_per_step"], train["ul_per_step"], train["epochs"], train["ul_weight"]) == (128, 128, 6, 1e-4)
+    assert (select["n_ce"], select["n_ul"], select["sigma"], select["cap"], select["min_ppl_ul"]) == (50000, 50000,
+                                                                                                      .25, 1, 1.2)
+    assert (rlvr["prompts_per_step"], rlvr["rollouts"], rlvr["temperature"], rlvr["lr"]) == (64, 8, .85, 2e-6)
+    assert (rlvr["kl_coef"], rlvr["dual_clip"], rlvr["grad_clip"]) == (1e-3, 3.0, 1.0)
+    assert (rlvr["max_response_tokens"], rlvr["epochs"], rlvr["save_every"]) == (steps, 20, 20)
+    assert (evaluation["n"], evaluation["temperature"], evaluation["top_p"], evaluation["max_tokens"]) == (128, .6,
+                                                                                                           .95, 32768)
+    assert evaluation["n_of"][0] == "minerva=64" and len(recipe["run"]["benchmarks"]) == 7
+
+
+# ------------------------------------------------------------------------------------------------ the command itself
+
+
+def run_all(*args, **env):
+    began = time.time()
+    done = subprocess.run(["bash", ROOT / "run_all.sh", *args], capture_output=True, text=True, timeout=60, cwd="/",
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", **env})
+    return done, time.time() - began
+
+
+@pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "smoke_1gpu", "toy"])
+def test_plan_of_run_all(name, tmp_path):
+    done, seconds = run_all(name, "--plan", RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 0 and not done.stderr and seconds < 20
+    text = done.stdout
+    for script in ("01_sample.py model", "02_verify_score.py score", "02_verify_score.py select", "03_train_oxa.py",
+                   "04_rlvr.py", "05_eval.py", "report.py"):
+        assert script in text
+    assert "DOES NOT FIT" not in text and not (tmp_path / "runs").exists()
+    if name != "toy":
+        assert "Missing here: " in text and "network to the hub" in text and " h on " in text and "weights" in text
+
+
+def test_paper_recipe_cannot_start_here():
+    done, seconds = run_all("paper_1.5b")
+    assert done.returncode == 2 and seconds < 10
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: recipes/paper_1.5b.toml cannot run here, missing: ")
+    assert "network to the hub" in done.stderr
+
+
+def test_plan_needs_nothing_installed():
+    commands = "python 03_train_oxa.py --data a/sft/train.jsonl\n"
+    done = subprocess.run([sys.executable, "-I", "-S", ROOT / "plan.py", ROOT / "recipes/paper_7b.toml"],
+                          input=commands,
+                          capture_output=True, text=True, cwd=ROOT, env={"PATH": os.environ["PATH"],
+                                                                         "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0 and "2,340 steps" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["01_sample.py model", "02_verify_score.py score", "03_train_oxa.py", "04_rlvr.py",
+                                    "05_eval.py"])
+def test_plan_of_each_script(script):
+    done = subprocess.run([sys.executable, *script.split(), "--recipe", "recipes/paper_1.5b.toml", "--plan"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "on 8 cards" in done.stdout and "a card's memory" in done.stdout, done.stderr
+
+
+def test_missing_files_cache_and_wrong_recipes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HOME", raising=False)
+    data = tmp_path / "rlvr.jsonl"
+    recipe = {"run": {"world": "none", "base_model": "o/base", "rlvr_source": str(data),
+                      "benchmarks": {"b": "o/bench"}}}
+    lacking = plan.missing(recipe)
+    assert lacking == [f"the files {data}", "network to the hub, or local copies of o/base, o/bench"]
+    data.write_text("{}\n")
+    (tmp_path / "cache/models--o--base").mkdir(parents=True)
+    assert plan.missing(recipe) == ["network to the hub, or local copies of o/bench"]
+    (tmp_path / "cache/datasets--o--bench").mkdir()
+    assert plan.missing(recipe) == [] and "disk" in plan.missing(recipe, disk=1e18)[0]
+    recipe["run"]["cards"] = 4096
+    assert plan.missing(recipe)[0].startswith("4096 cards")
+    for text, said in (("[plan]\ncards = 1\n", "unknown keys ['cards']"), ('[run]\nbase_model = "a/b"\n',
+                                                                           "sizes of a/b"), ("x", "cannot")):
+        path = tmp_path / "r.toml"
+        path.write_text(text)
+        monkeypatch.setattr("sys.stdin", open(os.devnull))
+        with pytest.raises(SystemExit) as stop:
+            plan.show(path, plan.load(path), [], 1)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_shell_variables():
+    recipe = {"run": {"world": "none", "arms": ["a b", "c"], "flag": True, "benchmarks": {"x": "o/x"}}}
+    script = plan.shell_variables(recipe) + '\necho "$world|${arms[0]}|$flag|${benchmarks[*]}|$source_x"'
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout == "none|a b|true|x|o/x\n"
