@@ -386,6 +386,11 @@ def style(arm, run):
             "linestyle": (0, (1 + place % 4, 1 + place // 4))}
 
 
+def drawn_arms(run):
+    """Nobody tells more than nine lines apart: then only the paper's arms and the controls (the tables have all)."""
+    return run.arms if len(run.arms) <= 9 else [arm for arm in run.arms if arm in STYLES]
+
+
 def panels(n, n_cols, width=9.0, height=2.9):
     """[n] axes in a grid, the unused ones removed, and their figure."""
     n_cols = min(n, n_cols)
@@ -445,6 +450,10 @@ def figure_claims(worlds, label, out):
         left.set_xlabel("difference of Pass@k (share of problems), 95 % interval")
         right.set_title(f"{title}: entropy", fontsize=10)
         right.set_xlabel("difference of policy entropy (nats), 95 % interval")
+    for column in (axes[::2], axes[1::2]):                                  # the same scale in every world
+        limits = np.array([ax.get_xlim() for ax in column])
+        for ax in column:
+            ax.set_xlim(limits[:, 0].min(), limits[:, 1].max())
     return save(figure, out, "claims", axes)
 
 
@@ -452,7 +461,7 @@ def figure_perplexity(run, out):
     """All verified teacher responses, the Gaussian target, and what each arm took of them (first seed that has it)."""
     found = {}
     for s in run.seeds:
-        for arm in run.arms:
+        for arm in drawn_arms(run):
             path = run.path / f"seed-{s}" / arm / "train.jsonl"
             if arm not in found and path.exists():
                 rows = [(row["ppl"], row["objective"]) for row in c.read_jsonl(path, {"objective": str}) if row["ppl"]]
@@ -492,7 +501,7 @@ def figure_pass_at_k(run, out):
              if any(w == when and b in tables for (_, _, w), (_, tables) in run.evals.items())]
     figure, axes = panels(len(shown), max(2, min(4, len(run.benchmarks))))
     for ax, (when, b) in zip(axes, shown):
-        for arm in run.arms:
+        for arm in drawn_arms(run):
             curve = estimate(run, "curve", arm, None, when, [b])
             if curve:
                 k, look = np.arange(1, len(curve["value"]) + 1), style(arm, run)
@@ -516,7 +525,7 @@ def figure_curves(run, stage, measures, title, out):
     measures: {name in metrics.jsonl: axis label}.
     """
     curves = {name: {} for name in measures}
-    for arm in run.arms:
+    for arm in drawn_arms(run):
         runs = [read_metrics(run.path / f"seed-{s}" / arm / stage / "metrics.jsonl") for s in run.seeds]
         runs = [rows for rows in runs if rows]
         for name in measures:
@@ -550,7 +559,7 @@ def figure_lengths(run, out):
     """Cumulative distribution of response lengths at evaluation, and the share of responses that was cut."""
     figure, axes = panels(len(run.benchmarks) + 1, min(4, len(run.benchmarks) + 1))
     for ax, b in zip(axes, run.benchmarks):
-        for arm in run.arms:
+        for arm in drawn_arms(run):
             found = [results["benchmarks"][b]["length_histogram"] for (_, a, when), (results, _) in run.evals.items()
                      if (a, when) == (arm, "before") and b in results["benchmarks"]]
             if found:
@@ -568,7 +577,7 @@ def figure_lengths(run, out):
         ax.set_xlabel("response length (tokens)")
         ax.set_ylabel("share of responses at most this long")
     ax, evaluated = axes[-1], {(arm, when) for _, arm, when in run.evals}
-    done = [(arm, when) for arm in run.arms for when in WHEN if (arm, when) in evaluated]
+    done = [(arm, when) for arm in drawn_arms(run) for when in WHEN if (arm, when) in evaluated]
     for place, (arm, when) in enumerate(done):
         cut = rates(run, arm, when, run.benchmarks)["truncation_rate"] * 100
         ax.barh(place, cut, color=style(arm, run)["color"], height=0.7, edgecolor="white",
@@ -609,7 +618,7 @@ def first_paragraph(run, claims):
     return text
 
 
-def contrast_table(worlds):
+def contrast_table(worlds, label):
     """The main comparison in two worlds, side by side."""
     rows = []
     for name, (text, _, _) in CLAIMS.items():
@@ -617,7 +626,7 @@ def contrast_table(worlds):
         for _, _, claims in worlds:
             e = next(iter(claims.values()), {}).get(name)
             cells += [number(e, sign=True), e["verdict"]] if e else ["–", "–"]
-        rows.append([name, text, *cells])
+        rows.append([named(name, label), named(text, label), *cells])
     return table(["claim", "", *(x for title, _, _ in worlds for x in (title, "verdict"))], rows)
 
 
@@ -678,7 +687,7 @@ def compose(run, worlds, summary, drawn, facts, hashes, k, price, out):
     if claims and not one:
         yield from ("### On each benchmark", benchmarks_table(claims, label))
     if len(worlds) > 1:
-        yield from ("## Two worlds", contrast_table(worlds))
+        yield from ("## Two worlds", contrast_table(worlds, label))
     yield "## Arms"
     yield f"Means over seeds{'' if one else ' and benchmarks'}, with 95 % intervals over problems and seeds."
     yield arms_table(run, summary, run.benchmarks[0] if one else "average", k)
