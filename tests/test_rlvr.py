@@ -432,3 +432,49 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems
         run(tiny_model_dir, problems, tmp_path / "out", *flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- learning
+
+@pytest.fixture(scope="module")
+def two_minded(tmp_path_factory):
+    """A model that knows the answer (42, always) but says so in a fifth of its responses only and else guesses; its problems."""
+    home = tmp_path_factory.mktemp("two_minded")
+    path, tokenizer = make_model(home / "model"), common.load_tokenizer(home / "model")
+    problems = write_problems(home / "problems.jsonl", ["42"] * 10)
+    rows = list(common.read_jsonl(problems))
+    model, generator = common.load_model(path, trainable=True), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    random = lambda n: int(torch.randint(n, (), generator=generator))
+    for step in range(80):
+        batch = []
+        for row in [rows[random(10)] for _ in range(16)]:
+            knows = random(5) == 0
+            text = f"<think>{'k' if knows else 'g'}</think>\\boxed{{{row['answer'] if knows else random(90) + 10}}}"
+            prompt = common.render_prompt(tokenizer, row["problem"])
+            batch.append((prompt + common.encode_response(tokenizer, text), len(prompt)))
+        logp, _ = common.token_logprobs(model, common.pack(batch))
+        optimizer.zero_grad()
+        (-logp.mean()).backward()
+        optimizer.step()
+    model.save_pretrained(path)
+    return path, problems
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeypatch, shuffled):
+    if shuffled:     # as many rewards as before, but not for the rollouts that earned them
+        honest, generator = rlvr.give_rewards, torch.Generator().manual_seed(0)
+
+        def give_shuffled_rewards(rollouts, *rest):
+            honest(rollouts, *rest)
+            rewards = [r.reward for r in rollouts]
+            for r, k in zip(rollouts, torch.randperm(len(rewards), generator=generator).tolist()):
+                r.reward = rewards[k]
+        monkeypatch.setattr(rlvr, "give_rewards", give_shuffled_rewards)
+    model, problems = two_minded
+    rows = run(model, problems, tmp_path / "out", "--prompts-per-step", "8", "--rollouts", "8", "--max-response-tokens", "30",
+               "--lr", "1e-3", "--max-steps", "10", "--temperature", "1")
+    before, after = rows[0]["reward"], sum(row["reward"] for row in rows[-3:]) / 3
+    assert 0.1 < before < 0.5, "the model is to be of two minds"
+    assert after < before + 0.2 if shuffled else after > before + 0.4, [round(row["reward"], 2) for row in rows]
