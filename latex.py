@@ -446,7 +446,7 @@ def value(tree, point):
         low, high = value(args[1], point), value(args[2], point)
         if not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high)):
             raise Undefined("bounds that are not integers")
-        limit("terms", high - low)
+        limit("terms", high - low + 1)
         terms = [value(args[3], Point(point.number, **{args[0][1]: Fraction(k)})) for k in range(int(low), int(high) + 1)]
         return OPERATIONS["+" if kind == "sum" else "*"](Fraction(kind == "prod"), *terms)
     if kind not in OPERATIONS:

@@ -374,9 +374,12 @@ def serve(megabytes, limits):
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", flush=True)
-    for line in sys.stdin:
-        for predicted, golds in json.loads(line):
-            print(json.dumps(judge_any(predicted, golds)), flush=True)
+    try:
+        for line in sys.stdin:
+            for predicted, golds in json.loads(line):
+                print(json.dumps(judge_any(predicted, golds)), flush=True)
+    except MemoryError:                                                         # the state is not to be trusted any more
+        sys.exit(f"error: a verifier process went over its {megabytes} MB, and is replaced")
 
 
 if __name__ == "__main__":

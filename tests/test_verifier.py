@@ -234,7 +234,7 @@ HOSTILE = [
     "\\lfloor 10^{10^{7}}\\rfloor", "\\lfloor e^{10^{7}} \\rfloor", "7 \\pmod{"*100, "no box",]
 GOLDS = ["204", "x", r"\frac{\sqrt{3}}{2}", "(x+y+z)^{40}", "1,2,3", "x^2+y^2=1", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"]
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
 sys.path.insert(0, sys.argv[1])
 import verifier
 texts, golds = json.load(sys.stdin)
@@ -246,7 +246,7 @@ for text in texts:
         times.append(time.process_time() - start)
         right += verdict.correct is True and gold != text
     print(json.dumps([max(times), right]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """
 
 
@@ -328,7 +328,7 @@ def test_the_pool_survives_with_the_limits_off(capfd):
     for (off, text, statuses), (correct, status) in zip(trials, done):
         assert latex_status(text) == "too_big", text[:40]
         assert status in statuses and correct is (False if status == "ok" else None), (off, text[:40], status)
-    assert "MemoryError" in capfd.readouterr().err
+    assert "went over its 64 MB" in capfd.readouterr().err
 
 
 def latex_status(text):

@@ -1,0 +1,166 @@
+"""The verifier against its peers, in turn on the same pairs: accuracy, wrong accepted (FP), right refused (FN), speed.
+
+    python bench/verifier.py                              the labelled pairs of tests/, 300 long responses for speed
+    python bench/verifier.py --cases FILE.jsonl           other pairs: rows with gold, response, expected, class
+    python bench/verifier.py --throughput 300000          also: a JSONL of so many responses of 25 kB, read and judged by verify_many
+
+A peer that is not installed is left out, and named (bench/requirements.txt). Peers get what follows </think>, since math-verify
+would else also search the reasoning; that is to their advantage in speed. One core; times of calls are processor time.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import verifier
+
+
+def ours():
+    return lambda response, gold: verifier.verify(response, gold).correct is True
+
+
+def math_verify():
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=NormalizationConfig(boxed="last"))]
+    both = [LatexExtractionConfig(), ExprExtractionConfig()]
+
+    def grade(response, gold):
+        return bool(verify(parse(f"${gold}$", both), parse(response.rpartition("</think>")[2], boxed)))
+    return grade
+
+
+def math_verify_default():
+    from math_verify import parse, verify
+    return lambda response, gold: bool(verify(parse(f"${gold}$"), parse(response.rpartition("</think>")[2])))
+
+
+def trl():
+    from trl.rewards import accuracy_reward
+    return lambda response, gold: accuracy_reward([[{"role": "assistant", "content": response.rpartition("</think>")[2]}]], [f"${gold}$"])[0] == 1.0
+
+
+def lighteval():
+    from lighteval.metrics.dynamic_metrics import MultilingualExtractiveMatchMetric
+    from lighteval.metrics.utils.extractive_match_utils import ExprExtractionConfig, LatexExtractionConfig
+    from lighteval.models.model_output import ModelResponse
+    from lighteval.tasks.requests import Doc
+    configs = [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
+    metric = MultilingualExtractiveMatchMetric(gold_extraction_target=configs, pred_extraction_target=configs)
+
+    def grade(response, gold):
+        doc = Doc(query="", choices=[f"${gold}$"], gold_index=0)
+        return metric.compute(doc=doc, model_response=ModelResponse(text=[response.rpartition("</think>")[2]])) == 1.0
+    return grade
+
+
+GRADERS = {"ours": ours, "math-verify": math_verify, "math-verify, default": math_verify_default, "TRL": trl, "lighteval": lighteval}
+
+
+def long_responses(cases, n, seed=0):
+    """n (response, gold) of 25 kB of reasoning, four in five with a plain number as the answer, the others from the cases."""
+    draw = random.Random(seed)
+    words = "so we let x = 3 and get \\frac{1}{2} of $y^2$ ; wait , check : \\boxed{17} again \\n then the sum \\sum_{k} a_k is 42 .".split()
+    filler = " ".join(draw.choice(words) for _ in range(7_000))
+    rows = []
+    for _ in range(n):
+        if draw.random() < 0.8:
+            gold = str(draw.randint(0, 999))
+            answer = f"\n</think>\n\nThe final answer is $\\boxed{{{gold if draw.random() < 0.6 else draw.randint(0, 999)}}}$."
+        else:
+            case = draw.choice(cases)
+            gold, answer = case["gold"], "\n</think>\n" + case["response"].rpartition("</think>")[2]
+        start = draw.randrange(len(filler) - 25_000)
+        rows.append(("<think>\n" + filler[start:start + 25_000 - len(answer)] + answer, gold))
+    return rows
+
+
+def accuracy(graders, cases):
+    wrong = {name: [0, 0, 0] for name in graders}                               # FP, FN, exceptions
+    for case in cases:
+        for name, grade in graders.items():
+            try:
+                accepted = grade(case["response"], case["gold"])
+            except Exception:                                                   # a peer's own failure: counted, and shown as a refusal
+                accepted = False
+                wrong[name][2] += 1
+            wrong[name][0 if accepted else 1] += accepted != case["expected"]
+    return wrong
+
+
+def speed(graders, pairs):
+    """Processor seconds of each call; the graders take turns on each pair, so that a busy machine is as busy for all."""
+    seconds = {name: [] for name in graders}
+    for response, gold in pairs:
+        for name, grade in graders.items():
+            start = time.process_time()
+            try:
+                grade(response, gold)
+            except Exception:
+                pass                                                            # counted in accuracy()
+            seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def throughput(cases, n, workers):
+    """A JSONL file of n responses of 25 kB, read line by line into verify_many."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.jsonl"
+        with open(path, "w") as file:
+            for seed in range(-(-n // 2_000)):
+                for response, gold in long_responses(cases, min(2_000, n - 2_000 * seed), seed):
+                    file.write(json.dumps({"response": response, "answer": gold}) + "\n")
+        size = path.stat().st_size / 2**30
+        start, begin = time.perf_counter(), os.times()
+        with open(path) as file:
+            verdicts = verifier.verify_many(((row["response"], row["answer"]) for row in map(json.loads, file)), workers)
+        took = time.perf_counter() - start
+        verifier.POOL.close()                                                   # so that the processor time of the workers is counted
+        used = os.times()
+    processor = sum(used[:4]) - sum(begin[:4])
+    right = sum(verdict.correct is True for verdict in verdicts)
+    print(f"{len(verdicts)} responses, {size:.2f} GB of JSONL, {workers} workers: {took:.1f} s ({len(verdicts) / took:,.0f}/s), "
+          f"processor {processor:.1f} s; {right} right, {sum(v.correct is None for v in verdicts)} unknown")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=ROOT / "tests" / "verifier_cases.jsonl", help="labelled pairs")
+    parser.add_argument("--responses", type=int, default=300, help="long responses for the speed of one call")
+    parser.add_argument("--graders", nargs="+", choices=GRADERS, default=list(GRADERS))
+    parser.add_argument("--throughput", type=int, default=0, metavar="N", help="judge N long responses from a file (25 kB of disk each)")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    with open(args.cases) as file:
+        cases = [case for case in map(json.loads, file) if isinstance(case["gold"], str)]
+    graders = {}
+    for name in args.graders:
+        try:
+            graders[name] = GRADERS[name]()
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+    wrong = accuracy(graders, cases)
+    seconds = speed(graders, long_responses(cases, args.responses))
+    print(f"{len(cases)} labelled pairs; {args.responses} responses of 25 kB\n"
+          f"{'':22} {'accuracy':>9} {'FP':>4} {'FN':>4} {'raised':>6} {'mean ms':>9} {'p99 ms':>8} {'per s':>8}")
+    for name in graders:
+        (fp, fn, raised), times = wrong[name], sorted(seconds[name])
+        print(f"{name:22} {100 - 100 * (fp + fn) / len(cases):8.1f}% {fp:4} {fn:4} {raised:6} {1000 * statistics.mean(times):9.3f} "
+              f"{1000 * times[int(0.99 * len(times))]:8.2f} {1 / statistics.mean(times):8,.0f}")
+    if "ours" in seconds and "math-verify" in seconds:
+        print(f"ours / math-verify: {sum(seconds['math-verify']) / sum(seconds['ours']):.0f} times as fast")
+    if args.throughput:
+        throughput(cases, args.throughput, args.workers)
+
+
+if __name__ == "__main__":
+    main()
