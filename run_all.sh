@@ -35,6 +35,9 @@ fi
 variables="$("$bare" plan.py "$recipe" --shell)"     # arms, rlvr_arms, benchmarks, ... of the recipe's [run], shell-quoted
 eval "$variables"
 seeds="${seeds:-$n_seeds}"
+if [ "$seeds" -gt 1 ]; then                           # the study: controls come with more seeds
+  arms+=(${study_arms[@]+"${study_arms[@]}"}) rlvr_arms+=(${study_rlvr_arms[@]+"${study_rlvr_arms[@]}"})
+fi
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
 run="${RUNS:-runs}/$(basename "$recipe" .toml)"
 if [ -n "$plan" ]; then
@@ -103,6 +106,7 @@ arm() {                                              # select, train, evaluate; 
   step "$s/$a/select" python 02_verify_score.py select --recipe "$recipe" --arm "$a" --teacher "$data/teacher.scored.jsonl" --self "$data/self.scored.jsonl" --out "$d/train.jsonl" --seed "$seed"
   step "$s/$a/sft" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" --model "$base" --data "$d/train.jsonl" --out "$d/sft" --seed "$seed"
   evaluate "$d/sft" "$d/eval"
+  [ "$i" -ge "${rlvr_seeds:-$seeds}" ] && return 0
   case " ${rlvr_arms[*]} " in *" $a "*)
     local limit=()
     [ "$a" = sft_lp ] && [ -n "${sft_lp_rlvr_max_tokens:-}" ] && limit=(--max-response-tokens "$sft_lp_rlvr_max_tokens")
@@ -140,7 +144,7 @@ for ((i = 0; i < seeds; i++)); do
   for a in "${arms[@]}"; do spawn arm "$a"; done
   join
 done
-step report python report.py "$run"
+step report python report.py --recipe "$recipe" "$run"
 }
 
 if [ -n "$plan" ]; then
