@@ -478,3 +478,19 @@ def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeyp
     before, after = rows[0]["reward"], sum(row["reward"] for row in rows[-3:]) / 3
     assert 0.1 < before < 0.5, "the model is to be of two minds"
     assert after < before + 0.2 if shuffled else after > before + 0.4, [round(row["reward"], 2) for row in rows]
+
+
+def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, tiny_model_dir, problems):
+    """The whole loop under torchrun: the same rollouts and rewards, and the same weights but for the order of sums."""
+    flags = ["--prompts-per-step", "3", "--max-steps", "2", "--log-rollouts", "99", "--kl-coef", "0.1", "--lr", "1e-4"]
+    one = run(tiny_model_dir, problems, tmp_path / "one", *flags)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "04_rlvr.py"),
+                           "--model", str(tiny_model_dir), "--problems", str(problems), "--out", str(tmp_path / "two"), *BASIC, *flags],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = list(common.read_jsonl(tmp_path / "two" / "metrics.jsonl"))
+    for name in ("response_tokens_mean", "reward", "truncated", "entropy", "loss", "grad_norm"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-3, abs=1e-6), name
+    theirs = {(row["step"], row["pid"], row["g"]): row["response"] for row in common.read_jsonl(tmp_path / "one" / "rollouts.jsonl")}
+    for row in common.read_jsonl(tmp_path / "two" / "rollouts.jsonl"):     # rank 0's share
+        assert row["response"] == theirs[row["step"], row["pid"], row["g"]]

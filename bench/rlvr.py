@@ -1,0 +1,149 @@
+"""GRPO on the toy model: 04_rlvr.py and TRL's GRPOTrainer in turn, seconds a step by phase and the reward.
+
+    pip install -r bench/requirements.txt && python bench/rlvr.py [--model RUN/sft --rounds 3 --steps 12]
+
+The same problems in the same order, 16 x 8 rollouts a step, at most 160 new tokens, temperature 0.85, the same verifier as reward,
+KL 0.001 against the start, token-mean loss, AdamW, float32, one thread. TRL generates with transformers' `generate` and is run with
+its whole batch in one forward, in micro-batches of 32, and with transformers' continuous batching. Each run has its own process. The
+first 2 steps are left out of the times. The table gives medians over steps and rounds, and the ratio within the round.
+"""
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+PROMPTS, GROUP, MAX_TOKENS, TEMPERATURE, LR, KL, SKIP = 16, 8, 160, 0.85, 1e-4, 0.001, 2
+PHASES = ("rollout", "verify", "reference", "update", "sync")
+
+
+def run_ours(args):
+    out = Path(args.scratch) / f"ours{time.time()}"
+    subprocess.run([sys.executable, ROOT / "04_rlvr.py", "--model", args.model, "--problems", args.data, "--out", out, "--lr", str(LR),
+                    "--prompts-per-step", str(PROMPTS), "--rollouts", str(GROUP), "--max-response-tokens", str(MAX_TOKENS),
+                    "--temperature", str(TEMPERATURE), "--kl-coef", str(KL), "--max-steps", str(args.steps), "--token-budget", "8192",
+                    "--engine", "hf", "--verify-workers", "1", "--save-every", "1000", "--log-rollouts", "0"],
+                   check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    return [{"total": r["seconds"], **{p: r[f"seconds_{p}"] for p in PHASES}} for r in rows], [r["reward"] for r in rows]
+
+
+def run_trl(args, micro_batch: int, continuous: bool = False):
+    import importlib
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    import common
+    import verifier
+    rlvr = importlib.import_module("04_rlvr")
+    tokenizer = common.load_tokenizer(args.model)
+    tokenizer.eos_token = common.END_OF_TURN
+    problems = list(common.read_jsonl(args.data))
+    ordered = [problems[i] for s in range(1, args.steps + 1) for i in rlvr.prompts_of_step(len(problems), PROMPTS, 42, s)]
+    text = [tokenizer.decode(common.render_prompt(tokenizer, p["problem"])) for p in ordered]
+    assert all(tokenizer(t)["input_ids"] == common.render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))
+    data = Dataset.from_dict({"prompt": text, "answer": [p["answer"] for p in ordered]})
+
+    def reward(prompts, completions, answer, **_):
+        return [float(v.correct is True) for v in verifier.verify_many(list(zip(completions, answer)), workers=1)]
+
+    config = GRPOConfig(output_dir=args.scratch + "/trl", use_cpu=True, bf16=False, fp16=False, per_device_train_batch_size=micro_batch,
+                        gradient_accumulation_steps=PROMPTS * GROUP // micro_batch, num_generations=GROUP, max_steps=args.steps,
+                        max_completion_length=MAX_TOKENS, temperature=TEMPERATURE, top_p=1.0, top_k=0, beta=KL, loss_type="dapo",
+                        scale_rewards="group", epsilon=0.2, learning_rate=LR, weight_decay=0.01, max_grad_norm=1.0,
+                        lr_scheduler_type="constant", optim="adamw_torch_fused", shuffle_dataset=False, logging_steps=1, report_to=[],
+                        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=0,
+                        use_transformers_continuous_batching=continuous)
+    marks, rewards, spent = [], [], collections.Counter()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            marks.append({"begin": time.perf_counter(), "before": collections.Counter(spent)})
+
+        def on_step_end(self, *_, **__):
+            marks[-1] |= {"end": time.perf_counter(), "after": collections.Counter(spent)}
+
+        def on_log(self, args, state, control, logs, **_):
+            if "reward" in logs:
+                rewards.append(logs["reward"])
+
+    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), args=config, train_dataset=data,
+                          processing_class=tokenizer, reward_funcs=reward, callbacks=[Clock()])
+
+    def timed(name, function):
+        def wrapper(*positional, **named):
+            phase = name if name != "logps" else "update" if torch.is_grad_enabled() else "reference"
+            start = time.perf_counter()
+            try:
+                return function(*positional, **named)
+            finally:
+                spent[phase] += time.perf_counter() - start
+        return wrapper
+    trainer._generate = timed("rollout", trainer._generate)
+    trainer._calculate_rewards = timed("verify", trainer._calculate_rewards)
+    trainer._get_per_token_logps_and_entropies = timed("logps", trainer._get_per_token_logps_and_entropies)
+    trainer.train()
+    steps = []
+    for mark in marks:
+        row = {p: mark["after"][p] - mark["before"][p] for p in PHASES}
+        row["total"] = mark["end"] - mark["begin"]
+        row["update"] = row["total"] - row["rollout"] - row["verify"] - row["reference"]     # forward, backward, AdamW, the rest
+        steps.append(row)
+    return steps, rewards
+
+
+VARIANTS = {"ours": run_ours, "TRL, 128 at once": lambda a: run_trl(a, 128), "TRL, 32 at once": lambda a: run_trl(a, 32),
+            "TRL, continuous": lambda a: run_trl(a, 32, True)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "toy/base"), help="a toy model, best one that 03 has fine-tuned")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    for hidden in ("--only", "--data", "--scratch"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        import torch
+        torch.set_num_threads(1)
+        steps, rewards = VARIANTS[args.only](args)
+        medians = {p: statistics.median(s[p] for s in steps[SKIP:]) for p in ("total", *PHASES)}
+        print("\n" + json.dumps({"seconds": medians, "rewards": rewards}))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", scratch, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
+        rounds = []
+        for number in range(args.rounds):
+            rounds.append({})
+            for name in args.variants:
+                out = subprocess.run([sys.executable, __file__, "--model", args.model, "--steps", str(args.steps), "--only", name,
+                                      "--data", scratch + "/rlvr.jsonl", "--scratch", scratch], capture_output=True, text=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                if out.returncode:
+                    print(f"{name} failed: {out.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                    continue
+                rounds[-1][name] = json.loads(out.stdout.strip().splitlines()[-1])
+                print(f"round {number + 1}: {name:16} {rounds[-1][name]['seconds']['total']:6.2f} s a step", flush=True)
+        print(f"\n{'seconds a step':16} " + " ".join(f"{p:>9}" for p in ("total", *PHASES)) + "  it / ours   reward, first 3 -> last 3 steps")
+        for name in args.variants:
+            got = [r for r in rounds if name in r and "ours" in r]
+            if got:
+                cells = " ".join(f"{statistics.median(r[name]['seconds'][p] for r in got):9.2f}" for p in ("total", *PHASES))
+                ratio = statistics.median(r[name]["seconds"]["total"] / r["ours"]["seconds"]["total"] for r in got)
+                first, last = (statistics.mean(x for r in got for x in r[name]["rewards"][s]) for s in (slice(0, 3), slice(-3, None)))
+                print(f"{name:16} {cells} {ratio:10.2f}   {first:.3f} -> {last:.3f}")
+
+
+if __name__ == "__main__":
+    main()
