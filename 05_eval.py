@@ -27,6 +27,7 @@ Deliberate simplifications
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -151,15 +152,15 @@ def generate(benches, missing, args, dist):
     requests = [(bench, row, k) for bench in benches for row, k in missing[bench.name]][dist.rank::dist.world]
     if not requests:
         return
-    prompts = {row["pid"]: c.render_prompt(tokenizer, row["problem"]) for _, row, _ in requests}
+    encoded = {text: c.render_prompt(tokenizer, text) for text in {row["problem"] for _, row, _ in requests}}
+    prompts = [encoded[row["problem"]] for _, row, _ in requests]
     from engines import make_engine
-    longest = max(map(len, prompts.values())) + args.max_tokens
+    longest = max(map(len, prompts)) + args.max_tokens
     engine = make_engine(args.engine, args.model, longest, device=dist.device, sleep=True)
     writers = {bench.name: c.append_jsonl(part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
     seeds = [c.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
     with tqdm(total=len(requests), desc="generate", unit="resp", disable=dist.rank > 0, mininterval=2) as progress:
-        for i, done in engine.generate([prompts[row["pid"]] for _, row, _ in requests], seeds, args.temperature,
-                                       args.top_p, args.max_tokens, progress=progress):
+        for i, done in engine.generate(prompts, seeds, args.temperature, args.top_p, args.max_tokens, progress):
             bench, row, k = requests[i]
             kept = {"ids": list(map(int, done.ids))} if k < args.entropy_samples else {}
             writers[bench.name].write({
@@ -199,10 +200,10 @@ def measure_entropy(bench, model, tokenizer, args, dist):
 
 
 def sorted_entropy(bench):
-    """Stored entropies by problem, in the order of the problems file; {} if none were measured."""
-    if not bench.entropy.exists():
+    """Stored entropies by problem, in the order of the problems file; {} if they are not there for every problem."""
+    stored = {row["pid"]: row for row in c.read_jsonl(bench.entropy)} if bench.entropy.exists() else {}
+    if not set(bench.pids) <= set(stored):
         return {}
-    stored = {row["pid"]: row for row in c.read_jsonl(bench.entropy)}
     stored = {pid: stored[pid] for pid in bench.pids}
     with c.replace_file(bench.entropy) as file:
         file.writelines(json.dumps(row) + "\n" for row in stored.values())
@@ -215,12 +216,18 @@ def sorted_entropy(bench):
 def grade(bench, args):
     """Grade the ungraded rows (--regrade: all), write them back sorted. -> rows, [(before, after)] of changed ones."""
     rows, changed = bench.sorted_rows(), []
+    drawn = Counter(row["pid"] for row in rows)
+    short = [pid for pid in bench.pids if drawn[pid] < max(drawn.values())]
+    if short:
+        c.die(f"{bench.rows} lacks responses to problem {short[0]}: complete it with --model")
     todo = [i for i, row in enumerate(rows) if args.regrade or row["status"] == UNGRADED]
     verdicts = verifier.verify_many([(rows[i]["response"], bench.answers[rows[i]["pid"]]) for i in todo],
                                     workers=args.verify_workers) if todo else []
     for i, verdict in zip(todo, verdicts, strict=True):
         old = dict(rows[i])
-        rows[i].update(predicted=verdict.predicted, correct=verdict.correct, status=verdict.status)
+        cut = rows[i]["finish"] == "length" and verdict.correct is False and verdict.predicted is None
+        status = "truncated" if cut else verdict.status
+        rows[i].update(predicted=verdict.predicted, correct=verdict.correct, status=status)
         if old["status"] != UNGRADED and any(old[name] != rows[i][name] for name in ("predicted", "correct", "status")):
             changed.append((old, rows[i]))
     with c.replace_file(bench.rows) as file:
@@ -364,9 +371,6 @@ def finish(benches, args, out, seconds):
     for bench in benches:
         rows, changed = grade(bench, args)
         table = problem_table(bench, rows, sorted_entropy(bench))
-        uneven = [row["pid"] for row in table if row["n"] != table[0]["n"]]
-        if uneven:
-            c.die(f"{bench.rows} lacks responses to problem {uneven[0]}: complete it with --model")
         with c.replace_file(out / f"{bench.name}.problems.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in table)
         made = c.read_meta(bench.rows)["args"]                               # the settings that drew the responses
@@ -397,7 +401,10 @@ def finish(benches, args, out, seconds):
 
 def grader_name():
     """Verdicts are only comparable under one grader, so it is named by its source."""
-    return f"verifier.py sha256:{c.sha256_file(verifier.__file__)[:12]}"
+    digest = hashlib.sha256()
+    for name in ("verifier.py", "latex.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return f"verifier.py {digest.hexdigest()[:12]}"
 
 
 def weight_files(model):
@@ -419,10 +426,10 @@ def main(argv=None):
             merge_parts(bench.rows, ("pid", "k"))
             merge_parts(bench.entropy, ("pid",))
     c.barrier()
-    if args.regrade:
+    if args.regrade or args.model is None:                                  # what is stored, whatever its number
         for bench in benches:
             if not bench.rows.exists():
-                c.die(f"{bench.rows} does not exist: there is nothing to grade again")
+                c.die(f"{bench.rows} does not exist: --model is needed to draw responses")
     else:
         seconds = draw_and_measure(benches, args, dist)
     if dist.rank == 0:
@@ -436,11 +443,6 @@ def draw_and_measure(benches, args, dist):
     n_missing = sum(map(len, missing.values()))
     unmeasured = [bench for bench in benches if args.entropy_samples
                   and len(stored_keys(bench.entropy, ("pid",))) < len(bench.pids)]
-    if args.model is None:
-        if n_missing or unmeasured:
-            c.die(f"--model is needed: {n_missing} responses are still to be drawn, entropy is missing on "
-                  f"{len(unmeasured)} benchmarks")
-        return seconds
     if dist.rank == 0:
         for bench in benches:
             c.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(

@@ -208,6 +208,22 @@ def stored(folder, counts, answer="4"):
     return paths, folder / "out"
 
 
+def test_equal_pids_in_two_benchmarks_are_two_problems(tiny_model_dir, tmp_path):
+    paths = [write_rows(tmp_path / f"{name}.jsonl", [{"pid": "1", "problem": text, "answer": "4"}])
+             for name, text in (("a", "2+2?"), ("b", "what is the fourth root of 256, please?"))]
+    evaluate.main(flags(tiny_model_dir, tmp_path / "out", *paths, n=2))
+    evaluate.main(flags(tiny_model_dir, tmp_path / "alone", paths[1], n=2))
+    responses = lambda folder: [row["response"] for row in c.read_jsonl(tmp_path / folder / "b.jsonl")]
+    assert responses("out") == responses("alone")
+
+
+def test_unfinished_responses_are_not_summarised(tmp_path, capsys):
+    path, out = stored(tmp_path, {**COUNTS, "x": ["right"]})
+    with pytest.raises(SystemExit) as stop:
+        regrade(path, out)
+    assert stop.value.code == 2 and "lacks responses to problem x" in capsys.readouterr().err
+
+
 COUNTS = {"x": ["right", "wrong", "other", "open"], "y": ["no_box", "wrong", "wrong", "wrong"], "z": ["right"] * 4}
 
 
@@ -222,6 +238,7 @@ def test_grading_without_a_model_counts_by_hand(tmp_path, capsys):
     assert result["pass_at_k"]["value"] == pytest.approx([(1 / 2 + 1) / 3, (1 - 1 / 6 + 1) / 3, 2 / 3, 2 / 3])
     assert result["pass_at_n"]["value"] == pytest.approx(2 / 3)
     assert (result["truncation_rate"], result["no_answer_rate"], result["unknown_rate"]) == (1 / 12, 2 / 12, 0)
+    assert result["statuses"]["truncated"] == 1
     assert result["duplicate_rate"] == pytest.approx(1 - (4 + 2 + 1) / 12)
     printed = capsys.readouterr().out
     assert "0.500" in printed and "0 of 12 verdicts changed" in printed
@@ -272,10 +289,10 @@ def test_second_grader_disagreements(tmp_path, capsys):
 @pytest.mark.parametrize("change, sentence", [
     (["--model", "MODEL", "--temperature", "1.0"], "other settings (temperature)"),
     (["--model", "MODEL", "--n", "2"], "more than --n 2"),
-    (["--n", "4"], "--model is needed: 5 responses"),
+    (["--out", "elsewhere"], "--model is needed"),
     (["--model", "nowhere/here"], "other settings"),
     (["--n", "0"], "at least 1"),
-    (["--n-of", "a=some"], "NAME=N"),
+    (["--model", "MODEL", "--n-of", "a=some"], "NAME=N"),
 ])
 def test_bad_input_is_one_sentence(finished, tiny_model_dir, capsys, change, sentence):
     out, paths = finished
