@@ -4,8 +4,8 @@
     python bench/verifier.py --cases FILE.jsonl           other pairs: rows with gold, response, expected, class
     python bench/verifier.py --throughput 300000          also: a JSONL of so many responses of 25 kB, read and judged by verify_many
 
-A peer that is not installed is left out, and named (bench/requirements.txt). Peers get what follows </think>, since math-verify
-would else also search the reasoning; that is to their advantage in speed. One core; times of calls are processor time.
+A peer that is not installed is left out, and named (bench/requirements.txt). Peers get the whole response, as in their own use, or
+with --tail only what follows </think>, which spares them the search of the reasoning. One core; times of calls are processor time.
 """
 
 import argparse
@@ -24,6 +24,14 @@ sys.path.insert(0, str(ROOT))
 import verifier
 
 
+TAIL = False
+
+
+def seen(response):
+    """What a peer is given: the response, or with --tail what follows </think>."""
+    return response.rpartition("</think>")[2] if TAIL else response
+
+
 def ours():
     return lambda response, gold: verifier.verify(response, gold).correct is True
 
@@ -35,18 +43,18 @@ def math_verify():
     both = [LatexExtractionConfig(), ExprExtractionConfig()]
 
     def grade(response, gold):
-        return bool(verify(parse(f"${gold}$", both), parse(response.rpartition("</think>")[2], boxed)))
+        return bool(verify(parse(f"${gold}$", both), parse(seen(response), boxed)))
     return grade
 
 
 def math_verify_default():
     from math_verify import parse, verify
-    return lambda response, gold: bool(verify(parse(f"${gold}$"), parse(response.rpartition("</think>")[2])))
+    return lambda response, gold: bool(verify(parse(f"${gold}$"), parse(seen(response))))
 
 
 def trl():
     from trl.rewards import accuracy_reward
-    return lambda response, gold: accuracy_reward([[{"role": "assistant", "content": response.rpartition("</think>")[2]}]], [f"${gold}$"])[0] == 1.0
+    return lambda response, gold: accuracy_reward([[{"role": "assistant", "content": seen(response)}]], [f"${gold}$"])[0] == 1.0
 
 
 def lighteval():
@@ -59,7 +67,7 @@ def lighteval():
 
     def grade(response, gold):
         doc = Doc(query="", choices=[f"${gold}$"], gold_index=0)
-        return metric.compute(doc=doc, model_response=ModelResponse(text=[response.rpartition("</think>")[2]])) == 1.0
+        return metric.compute(doc=doc, model_response=ModelResponse(text=[seen(response)])) == 1.0
     return grade
 
 
@@ -138,8 +146,11 @@ def main():
     parser.add_argument("--responses", type=int, default=300, help="long responses for the speed of one call")
     parser.add_argument("--graders", nargs="+", choices=GRADERS, default=list(GRADERS))
     parser.add_argument("--throughput", type=int, default=0, metavar="N", help="judge N long responses from a file (25 kB of disk each)")
+    parser.add_argument("--tail", action="store_true", help="give the peers only what follows </think>")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
+    global TAIL
+    TAIL = args.tail
     with open(args.cases) as file:
         cases = [case for case in map(json.loads, file) if isinstance(case["gold"], str)]
     graders = {}
