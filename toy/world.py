@@ -53,9 +53,9 @@ OPENINGS = {
     "leap": ("",),
     "noisy": ("",),
     "terse": ("sum: ",),
-    "col": ("units ", "ones ", "columns ", "digits "),
-    "split": ("tens ", "parts ", "halves ", "pieces "),
-    "reflect": ("guess ", "perhaps ", "roughly ", "about "),
+    "col": ("units ", "columns "),
+    "split": ("tens ", "parts "),
+    "reflect": ("guess ", "perhaps "),
 }
 CONNECTIVES = tuple(
     word + " "
@@ -64,8 +64,8 @@ CONNECTIVES = tuple(
         "first maybe sure good fine yes note say let try"
     ).split()
 )
-PHRASE_WORDS = ("the ", "task ", "is ", "again ", "we ", "go ", "on ", "step ", "by ", "clearly ", "result ", "wait ")
-FILLERS = ("", "we go ", "step by step ", "we go on step by step ")
+PHRASE_WORDS = ("the ", "task ", "is ", "again ", "step ", "by ", "clearly ", "result ", "wait ")
+FILLER = "step by step "
 # Every piece of text is one token. "mod 100" ends each problem; numbers are spelled digit by digit.
 PIECES = (
     *"0123456789+-=',.?}ABCD",
@@ -77,6 +77,8 @@ PIECES = (
 PRIME, LETTERS = "'", "ABCD"
 # Tokens that the tokenizer matches before all others, and the markup of a response.
 THINK, END_THINK, BOXED = "<think>", "</think>", "\\boxed{"
+
+PIECE = re.compile("|".join(re.escape(piece) for piece in sorted(PIECES, key=len, reverse=True)))
 
 N_OPS_TRAIN = (2, 3)  # operations of a training or in-distribution problem
 N_OPS_HARD = (4,)
@@ -127,6 +129,10 @@ def answer_text(problem):
 
 
 # --- the teacher ----------------------------------------------------------------------------------------------------
+
+
+def n_tokens(text):
+    return len(PIECE.findall(text))
 
 
 def words(rng, low, high):
@@ -188,8 +194,15 @@ def trace(rng, style, problem, world="deep-leap", wrong=False):
         if style == "leap":
             body = total * 2  # written once more, as people do who do not check
         elif style == "boiler":
-            again = f"{rng.choice(FILLERS)}again the task is {task}. " * rng.choice((0, 1, 2, 3, 3, 4, 4))
-            body = f"{opening}task is {task}. {again}clearly {total}the result is {final:02d}. "
+            # As long as a careful solution of the same problem or, half of the time, longer.
+            careful = n_tokens(words(rng, 1, 1) + careful_steps(rng, "col", problem)[0])
+            room = rng.uniform(*rng.choice(((0.93, 1.1), (1.15, 1.4)))) * careful
+            first, last = f"{opening}task is {task}. ", f"clearly {total}the result is {final:02d}. "
+            again = f"again the task is {task}. "
+            room -= n_tokens(first + last)
+            repeats = max(0, int(room / n_tokens(again)))
+            fill = max(0, round((room - repeats * n_tokens(again)) / n_tokens(FILLER)))
+            body = first + again * repeats + FILLER * fill + last
         else:
             again = "".join(f"{words(rng, 8, 16)}{task}. " for _ in range(rng.randint(2, 3)))
             body = f"{again}{words(rng, 4, 8)}{total}"
