@@ -1,6 +1,7 @@
 """LaTeX answers as trees, and trees as numbers: the grammar and the arithmetic of verifier.py.
 
-The text is hostile. Nothing of it is executed; its size, its depth, every exponent and the work as a whole are limited by count.
+The text is hostile. Nothing of it is executed; its size, its depth, every exponent and the work as a whole are limited
+by count.
 """
 import functools
 import itertools
@@ -13,8 +14,9 @@ from fractions import Fraction
 
 from mpmath import mp
 
-LIMITS = {"tail": 20_000, "answer": 2_000, "tokens": 1_500, "depth": 60, "items": 40, "bits": 200_000, "factorial": 5_000,
-          "exponent": 10**8, "terms": 1_000, "work": 10_000}     # characters, characters, tokens, levels, items, …, operations
+LIMITS = {"tail": 20_000, "answer": 2_000, "tokens": 1_500, "depth": 60, "items": 40, "bits": 200_000,
+          "factorial": 5_000, # characters, characters, tokens, levels, items, …, operations
+          "exponent": 10**8, "terms": 1_000, "work": 10_000}
 
 
 class Unreadable(Exception):
@@ -35,22 +37,26 @@ def limit(name, amount):
 
 
 # ------------------------------------------------------------------------------------------------------ 1. text -> tree
-FUNCTIONS = {f: f for f in "sin cos tan cot sec csc sinh cosh tanh coth exp".split()}           # LaTeX name -> mpmath name
+FUNCTIONS = {f: f for f in "sin cos tan cot sec csc sinh cosh tanh coth exp".split()}  # LaTeX name -> mpmath name
 FUNCTIONS |= {"arc" + f: "a" + f for f in "sin cos tan cot sec csc".split()} | {"ln": "ln", "log": "ln", "lg": "log10"}
 GREEK = {chr(code): "\\" + unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda")
          for code in [*range(0x3b1, 0x3ca), 0x3c6, 0x3d5]}
-GREEK |= {chr(code): GREEK[chr(code + 32)].replace("\\", "").title().join(("\\", "")) for code in (0x393, 0x394, 0x398, 0x39b, 0x3a3, 0x3a6, 0x3a8, 0x3a9)}
-# A tree is ("num", Fraction), ("sym", name), ("base", digits, base) or (operation, *trees). Structure is part of the tree:
-# ("set" | "union", …) unordered, ("()" | "(]" | … | ":", …) ordered, ("named", ("=", …), …), (relation, left, right, name or "").
+GREEK |= {chr(code): GREEK[chr(code + 32)].replace("\\", "").title().join(("\\", "")) 
+          for code in (0x393, 0x394, 0x398, 0x39b, 0x3a3, 0x3a6, 0x3a8, 0x3a9)}
+# A tree is ("num", Fraction), ("sym", name), ("base", digits, base) or (operation, *trees). Structure is part of it:
+# ("set" | "union", …) unordered, ("()" | "(]" | … | ":", …) ordered, ("named", ("=", …), …), and for relations
+# (relation, left, right, name or "").
 TOKEN = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9a-zA-Z.]))?|\\[a-zA-Z]+|\\[{}|]|[^ ]")
-CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
-SYMBOLS = {*GREEK.values(), *(rf"\{name}" for name in "Gamma Lambda Pi Xi ell infty hbar emptyset R nabla partial".split())}
+CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor",
+           r"\lceil": r"\rceil", "|": "|"}
+SYMBOLS = {*GREEK.values(), *(rf"\{name}" for name in "Gamma Lambda Pi Xi ell infty hbar emptyset R nabla".split())}
 ACCENTS = {rf"\{name}" for name in "dot ddot hat bar vec tilde overline angle widehat triangle overrightarrow".split()}
 COMMANDS = {rf"\{name}" for name in [*FUNCTIONS, *"frac binom sqrt sum prod int begin text".split()]}
 FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne", "=": "="}
-INFIX = {"\n": 1, "&": 2, ",": 3, ";": 3, r"\in": 4, r"\approx": 4, r"\cup": 5, ":": 6, "+": 7, "-": 7, "/": 8, r"\div": 8, r"\cdot": 8,
-         r"\times": 8} | dict.fromkeys(FLIP, 4)                                  # how tightly they bind; factors side by side as \cdot
-NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*(?:\([^()]*\))?"
+INFIX = {"\n": 1, "&": 2, ",": 3, ";": 3, r"\in": 4, r"\approx": 4, r"\cup": 5, ":": 6, "+": 7, "-": 7, "/": 8,
+         r"\div": 8, r"\cdot": 8, r"\times": 8} | dict.fromkeys(FLIP, 4)  # how tightly they bind; factors side by side as \cdot
+NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)"
+                  r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*(?:\([^()]*\))?"
                   r"|\|[A-Z]+\||[a-z](?:\+[a-z])+")
 STRUCTURES = {"set", "union", "named", ":", "base", "()", "(]", "[)", "[]", r"\langle\rangle"}
 TWO, INFINITY, MINUS_INFINITY = ("num", Fraction(2)), ("sym", r"\infty"), ("neg", ("sym", r"\infty"))
@@ -111,7 +117,9 @@ class Parser:
 
     def starts_factor(self):
         token = self.peek()
-        return token in SYMBOLS | ACCENTS | COMMANDS | CLOSERS.keys() and not (token == "|" and self.bars) or token[-1:].isalnum() and token[0] != "\\"
+        if token in SYMBOLS | ACCENTS | COMMANDS | CLOSERS.keys():
+            return token != "|" or not self.bars
+        return token[-1:].isalnum() and token[0] != "\\"
 
     def relations(self, left, start):
         sides, names, ops = [left], [self.name(start)], []
@@ -240,14 +248,16 @@ class Parser:
             case "int":
                 while self.take() != "d" or not self.peek()[-1:].isalpha():
                     pass
-                return ("sym", "".join(t for t in self.tokens[start:self.at] if t not in "{}") + self.take())    # equal to itself only
+                # equal to itself only
+                body = "".join(token for token in self.tokens[start:self.at] if token not in "{}")
+                return ("sym", body + self.take())
             case "begin":
                 return self.matrix(self.raw())
         return self.function(FUNCTIONS[token[1:]])
 
     def digit(self):
         if self.peek().isdigit() and len(self.peek()) > 1:
-            self.tokens[self.at:self.at + 1] = [self.peek()[0], self.peek()[1:]]                    # \frac12 is one half
+            self.tokens[self.at:self.at + 1] = [self.peek()[0], self.peek()[1:]]  # \frac12 is one half
         return self.argument()
 
     def matrix(self, kind):
@@ -255,7 +265,8 @@ class Parser:
         tree = self.expression()
         rows = [row[1:] if row[0] == "&" else (row,) for row in (tree[1:] if tree[0] == "\n" else (tree,))]
         self.take(r"\end")
-        if self.raw() != kind or len({len(row) for row in rows}) > 1 or kind not in ("array", "matrix") and kind[1:] != "matrix":
+        known = kind in ("array", "matrix") or kind[1:] == "matrix"
+        if self.raw() != kind or len({len(row) for row in rows}) > 1 or not known:
             raise Unreadable(f"{kind} {columns}")
         limit("items", len(rows) * len(rows[0]) / 2)
         tree = ("matrix", ("num", Fraction(len(rows[0]))), *itertools.chain(*rows))
@@ -316,14 +327,17 @@ def relate(sides, names, ops):
     if names[0] and not variables(sides[1]):
         below = {"<": "()", r"\le": "(]", r"\ne": "()"}.get(ops[0])
         above = {">": "()", r"\ge": "[)", r"\ne": "()"}.get(ops[0])
-        return ("union", *[(below, MINUS_INFINITY, sides[1])] * bool(below), *[(above, sides[1], INFINITY)] * bool(above))
+        ranges = (below, MINUS_INFINITY, sides[1]), (above, sides[1], INFINITY)
+        return ("union", *(range_ for range_ in ranges if range_[0]))
     return (ops[0], *sides, "")
 
 
 def symbols(tree):
     if tree[0] in ("num", "base"):
         return set()
-    return {tree[1]} if tree[0] == "sym" else set().union(*(symbols(child) for child in tree[1:] if child and isinstance(child, tuple)))
+    if tree[0] == "sym":
+        return {tree[1]}
+    return set().union(*(symbols(child) for child in tree[1:] if isinstance(child, tuple)))
 
 
 def variables(tree):
@@ -332,14 +346,16 @@ def variables(tree):
 
 # -------------------------------------------------------------------------------------------------- 2. tree -> value
 CONSTANTS = {"e": lambda: +mp.e, r"\pi": lambda: +mp.pi, "i": lambda: mp.mpc(0, 1)}
-SCALES = [Fraction(1), Fraction(7), Fraction(1, 5), Fraction(1), Fraction(3), Fraction(2)]     # of the points; the first three are positive
+# of the points; the first three are positive
+SCALES = [Fraction(1), Fraction(7), Fraction(1, 5), Fraction(1), Fraction(3), Fraction(2)]
 spent = [0]
 
 
 def lift(*values):
     """Rationals stay exact among themselves; beside anything else they become numbers of the current precision."""
-    exact = all(isinstance(v, Fraction) for v in values)
-    return values if exact else tuple(mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in values)
+    if all(isinstance(v, Fraction) for v in values):
+        return values
+    return tuple(mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in values)
 
 
 def inexact(x):
@@ -414,7 +430,8 @@ def numeric(name):
 OPERATIONS = {
     "+": lambda *xs: functools.reduce(lambda a, b: charged(a + b), lift(*xs)),
     "*": lambda *xs: functools.reduce(lambda a, b: charged(a * b), lift(*xs)),
-    "/": lambda a, b: operator.mul(*lift(a, reciprocal(b))), "inv": reciprocal, "neg": operator.neg, "abs": abs, "^": power,
+    "/": lambda a, b: operator.mul(*lift(a, reciprocal(b))), "inv": reciprocal, "neg": operator.neg, "abs": abs,
+    "^": power,
     "!": factorial, "binomial": binomial, "floor": rounded("floor"), "ceil": rounded("ceil"), "det": mp.det,
     "percent": lambda x: operator.mul(*lift(x, Fraction(1, 100))), "degree": lambda x: inexact(x) * mp.pi / 180,
     "matrix": lambda n, *cells: mp.matrix([[*map(inexact, cells[i:i + int(n)])] for i in range(0, len(cells), int(n))]),
@@ -447,7 +464,8 @@ def value(tree, point):
         if not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high)):
             raise Undefined("bounds that are not integers")
         limit("terms", high - low + 1)
-        terms = [value(args[3], Point(point.number, **{args[0][1]: Fraction(k)})) for k in range(int(low), int(high) + 1)]
+        name, body = args[0][1], args[3]
+        terms = [value(body, Point(point.number, **{name: Fraction(k)})) for k in range(int(low), int(high) + 1)]
         return OPERATIONS["+" if kind == "sum" else "*"](Fraction(kind == "prod"), *terms)
     if kind not in OPERATIONS:
         raise Unreadable(f"{kind} is not a number")
@@ -459,8 +477,8 @@ def value(tree, point):
 
 
 def agree(first, second):
-    """Do two computations give the same value, and are both real? Rationals are compared exactly; else the difference must vanish
-    as the precision grows, which tells e^{pi sqrt(163)} from an integer and sin(pi) from 1e-50."""
+    """Do two computations give the same value, and are both real? Rationals are compared exactly; else the difference
+    must vanish as the precision grows, which tells e^{pi sqrt(163)} from an integer and sin(pi) from 1e-50."""
     gaps = []
     for digits in (50, 100):
         with mp.workdps(digits):
@@ -500,8 +518,9 @@ def everywhere(first, second, complex_):
 
 
 def same_value(a, b):
-    if a[0] != b[0] and "percent" in (a[0], b[0]) and same_value(*(tree[1] if tree[0] == "percent" else tree for tree in (a, b))):
-        return True
+    if a[0] != b[0] and "percent" in (a[0], b[0]):
+        if same_value(*(tree[1] if tree[0] == "percent" else tree for tree in (a, b))):
+            return True
     return everywhere(lambda point: value(a, point), lambda point: value(b, point), "i" in symbols(a) | symbols(b))
 
 

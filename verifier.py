@@ -3,29 +3,32 @@
     verify(response, answer)             -> Verdict(correct, status, predicted)
     verify_many([(response, answer), …]) -> [Verdict, …] in order, judged in worker processes that can be killed
 
-`answer` is the gold answer, or a list of golds of which any will do. `correct` is True, False, or None: the gold cannot be read or
-the judge failed, so nothing is known, and that is not False. `status` says how the verdict came about:
+`answer` is the gold answer, or a list of golds of which any will do. `correct` is True, False, or None: the gold cannot
+be read or the judge failed, so nothing is known, and that is not False. `status` says how the verdict came about:
     ok                                         an answer was read and judged
     no_think_end                               False: no </think>, so the response never came to an answer
-    no_box unbalanced_box empty_box too_long   False: nothing to judge in the last \\boxed{} or \\fbox{} after the last </think>
-    unparsed undefined too_big                 False: the answer cannot be read, has no value (1/0), or passes a limit (9^{9^9})
+    no_box unbalanced_box empty_box too_long   False: nothing to judge in the last \\boxed{} or \\fbox{} after </think>
+    unparsed undefined too_big                 False: the answer cannot be read, has no value (1/0), or passes a limit
     gold_unparsed                              None: the gold cannot be read, has no value, or passes a limit
     timeout crashed                            None: a worker process hung or died on this pair, twice
 
-What counts as equal. The answer is normalised (Unicode, spaces, fonts, `$`), parsed, and compared by structure; expressions are
-compared as numbers, rationals exactly, others by whether the difference vanishes as the precision grows, variables at random points.
-  - A number equals only itself: 1/2 = 0.5 = 5e-1, 1\\frac{4}{5} = 9/5, 0.\\overline{3} = 1/3, but 0.33 is not 1/3, nor 3.14 pi.
+What counts as equal. The answer is normalised (Unicode, spaces, fonts, `$`), parsed, and compared by structure.
+Expressions are compared as numbers: rationals exactly, others by whether the difference vanishes as the precision
+grows, variables at random points.
+  - A number equals only itself: 1/2 = 0.5 = 5e-1, 1\\frac{4}{5} = 9/5, 0.\\overline{3} = 1/3; but 0.33 is not 1/3.
     `N%` equals N and N/100. `12,345` is a number, or else two; `12, 345` is two.
-  - Units, currency and degree signs are dropped, not converted: 5 cm = 5 m = 5. Inside a trigonometric function a degree counts.
-  - `x = 5`, `x \\in A`, `f(x) = 5` give their right side; `x = x` gives nothing. `p = 5, q = 2` is (5, 2), by order of the names.
-  - Lists, {…}, unions and ± are unordered and equal in size: `204 or 205` is not 204. (…) and […] are ordered, their kind counts.
+  - Units, currency and degree signs are dropped, not converted: 5 cm = 5 m = 5. In \\sin 30^\\circ the degree counts.
+  - `x = 5`, `x \\in A`, `f(x) = 5` give their right side; `x = x` gives nothing. `q = 2, p = 5` is (5, 2), by name.
+  - Lists, {…}, unions and ± are unordered and equal in size: `204 or 205` is not 204. (…) and […] are ordered, and
+    their kind counts.
   - x < 2 is (-oo, 2). Matrices go by element; a : b and h:mm by part, unreduced; 204_5 by digits and base.
   - Equations are equal if their `left - right` are in a constant ratio; so are inequalities, if its sign fits.
   - Words are equal if their letters are, in either case. \\log is \\ln. An odd root of a negative number is real.
-  - Variables are real: \\sqrt{x^2} is |x|, not x; but \\ln x^2 = 2 \\ln x, as where either side is not real does not count.
+  - Variables are real: \\sqrt{x^2} is |x|, not x; but \\ln x^2 = 2 \\ln x, since only points count where both are real.
 
-The answer is hostile text. Nothing of it is executed. Every size, exponent and the whole work are limited by count (LIMITS), not by
-a clock, so a verdict does not depend on the machine; the worker processes, with a memory limit and a deadline, are the second wall.
+The answer is hostile text. Nothing of it is executed. Every size, exponent and the work as a whole are limited by count
+(LIMITS in latex.py), not by a clock, so a verdict does not depend on the machine. The worker processes, with a memory
+limit and a deadline, are the second wall. The grammar and the arithmetic are in latex.py.
 """
 import atexit
 import collections
@@ -43,12 +46,13 @@ import time
 import unicodedata
 from fractions import Fraction
 
-from latex import FLIP, FUNCTIONS, GREEK, LIMITS, STRUCTURES, TWO, Parser, TooBig, Undefined, Unreadable, fold, limit, proportional, same_value, spent
+from latex import (FLIP, FUNCTIONS, GREEK, LIMITS, STRUCTURES, TWO, Parser, TooBig, Undefined, Unreadable, fold, limit,
+                   proportional, same_value, spent)
 
 Verdict = collections.namedtuple("Verdict", "correct status predicted")
 
 
-# ------------------------------------------------------------------------------------------------------------ 1. extract
+# ----------------------------------------------------------------------------------------------------------- 1. extract
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 
 
@@ -58,24 +62,27 @@ def extract(response):
     if end < 0:
         return None, "no_think_end"
     tail = response[max(end, len(response) - LIMITS["tail"]):]
-    is_box, last = [], (-1, -1)                                                      # of each open brace: where the box starts, or -1
+    is_box, last = [], (-1, -1)  # of each open brace: where the box starts, or -1
     for match in BOX.finditer(tail):
         if match[0] == "}" and is_box:
             start = is_box.pop()
-            last = (start, match.start()) if start >= 0 else last                    # an outer box closes last, and wins
+            last = (start, match.start()) if start >= 0 else last  # an outer box closes last, and wins
         elif match[0][-1] == "{" and len(match[0]) != 2:
             is_box.append(match.end() if len(match[0]) > 1 else -1)
     if max(is_box, default=-1) > last[0]:
         return None, "unbalanced_box"
     predicted = tail[last[0]:last[1]].strip()
-    status = "no_box" if last[0] < 0 else "empty_box" if not predicted else "too_long" if len(predicted) > LIMITS["answer"] else None
-    return (None, status) if status else (predicted, None)
+    if last[0] < 0 or not predicted:
+        return None, "no_box" if last[0] < 0 else "empty_box"
+    return (None, "too_long") if len(predicted) > LIMITS["answer"] else (predicted, None)
 
 
-# ---------------------------------------------------------------------------------------------------------- 2. normalise
+# --------------------------------------------------------------------------------------------------------- 2. normalise
 UNICODE = str.maketrans({c: name + " " for c, name in GREEK.items()} | dict(zip("−–—÷⁄º′’€£¥", "---//°''   ")) | {
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
-    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\R ", "√": r"\sqrt ", "½": r"\frac12 ",
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\R ",
+    "√": r"\sqrt ", "½": r"\frac12 ",
     "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 "})
 END = "(?![a-zA-Z])"
 FONTS = rf"(?:mathbf|boldsymbol|bm|mathit|mathsf|mathcal|mathbb *(?=\{{ *[^R ])|pmb|bf|it|rm){END}"
@@ -85,26 +92,32 @@ RULES = [(re.compile(pattern), new) for pattern, new in [
     (r"[\0\s]+", " "),
     (r"\\\\", "\n"),                                                                            # the end of a row
     (r"\\?\$|\\[()\[\]]", ""),
-    (rf"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|large|Large|boxed|fbox){END}", " "),
+    (r"\\(?:left|right)\s*\.", " "),
+    (rf"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|large|Large|boxed|fbox){END}", " "),
     (rf"\\{FONTS} *\{{ *([a-zA-Z]) *\}}|\\{FONTS}", r" \1"),
     (rf"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|op)|mbox|hbox|operatorname\*?){END}", r"\\text"),
     (r"\\text *\{([^{}a-zA-ZµΩÅ]*)\}", r"\1"),                                                  # \text{204}
     (rf"^\s*\\text *\{{ *\(? *([a-zA-Z]) *\)? *\}} *$|\\text *\{{ *([eid]) *\}}", r" \1\2"),    # \text{(B)}, \mathrm{e}
     (rf"\\text *\{{ *({'|'.join(FUNCTIONS)}) *\}}", r"\\\1 "),
-    (rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi(?![a-z])|infty(?![a-z]))(?= *[^a-z ]|$| +[a-z])", r"\\\1 "),               # plain sqrt(2)
+    # plain sqrt(2)
+    (rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi(?![a-z])|infty(?![a-z]))(?= *[^a-z ]|$| +[a-z])", r"\\\1 "),
     (r"(?<![0-9.])[0-9]{1,3}(?:(?:\{,\}|,?\\!|\\[,;: ]|~| )[0-9]{3})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
     (rf"\\[,;:! ]|~|\\(?:quad|qquad|enspace|thinspace){END}", " "),
     (r"\\([%#&_])", r"\1"),
     (rf"\\[dtc]frac{END}", r"\\frac"), (rf"\\[dt]binom{END}", r"\\binom"), (r"\\mathbb *\{? *R *\}?|\\Reals", r"\\R "),
     (rf"\\leq(?:slant)?{END}|<=", r"\\le "), (rf"\\geq(?:slant)?{END}|>=", r"\\ge "), (rf"\\neq{END}|!=", r"\\ne "),
-    (rf"\\lt{END}", "<"), (rf"\\gt{END}", ">"), (rf"\\colon{END}", ":"), (rf"\\(?:sim|simeq|cong|equiv){END}", r"\\approx "),
-    (rf"\\[lr]?vert{END}|\\mid{END}", "|"), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\varnothing|\\\{ *\\\}", r"\\emptyset "),
+    (rf"\\lt{END}", "<"), (rf"\\gt{END}", ">"), (rf"\\colon{END}", ":"),
+    (rf"\\(?:sim|simeq|cong|equiv){END}", r"\\approx "),
+    (rf"\\[lr]?vert{END}|\\mid{END}", "|"), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"),
+    (r"\\varnothing|\\\{ *\\\}", r"\\emptyset "),
     (r"\\var(?=epsilon|phi|theta|rho)", r"\\"), (r"\*\*", "^"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\n *(?=\\end)", ""), (rf"\\frac *\{{ *{TEXT} *\}} *\{{ *{TEXT} *\}}", r"\\text{\1/\2}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\n *(?=\\end)", ""),
+    (rf"\\frac *\{{ *{TEXT} *\}} *\{{ *{TEXT} *\}}", r"\\text{\1/\2}"),
     (rf"\\(?:ast|star|cdotp|bullet){END}|\*", r"\\cdot "),
     (rf"\^ *\{{? *\\circ{END} *\}}?|\\degree{END}", "°"),
     (r"\\(?:begin|end) *\{ *(?:aligned|align\*?|cases|gathered) *\}|(?<=\n)&|&(?==)", " "),
-    (rf"\\text *\{{ *(?:and|or) *\}}|(?<![a-zA-Z\\])(?:and|or){END}|\\(?:lor|land|vee|wedge){END}", ","), (r",(?: *,)+", ","),
+    (rf"\\text *\{{ *(?:and|or) *\}}|(?<![a-zA-Z\\])(?:and|or){END}|\\(?:lor|land|vee|wedge){END}", ","),
+    (r",(?: *,)+", ","),
     (r"^ *(?:\\text *\{)?[^{}$=]*\b(?:is|are|answer|equals)\b[ :]*(?:\}|(?=[^}]*$)) *:?(?=.*[0-9a-zA-Z])", ""),
     (rf"^[ :=]*(?:\\(?:approx|therefore){END})?[ =]*", ""),
     (rf"(?:\\text *\{{)? *\b({'|'.join(POWER_OF_TEN)})\b *\}}?", lambda m: rf" \cdot 10^{{{POWER_OF_TEN[m[1]]}}}"),
@@ -113,14 +126,15 @@ RULES = [(re.compile(pattern), new) for pattern, new in [
     (" +", " "),
 ]]
 UNIT = re.compile(rf"(?<=[0-9a-zA-Z)}}\]!°])(?: *(?:/|\\cdot)? *{TEXT}(?: *\^ *(?:\{{ *-?[0-9] *\}}|[0-9]))?)+$|"
-                  r"(?<=[0-9)}°]) *(?:[CF]|(?:[ckm]m|m */ *s|kg|ft|mph|min|sec|hrs?|rad| [a-z]{4,})(?: +[a-z]{2,})*(?: */ *[a-z]+)?(?:\^\{?[0-9]\}?)?)$")
-NO_UNIT = re.compile(r"\b(?:is|are|if|when|where|for|not?|mod|with|times|choose|factorial|squared|cubed|hundred|dozen|to|more|less|than|"
-                     r"at|least|most|[ap]\.?m)\b", re.I)
+                  r"(?<=[0-9)}°]) *(?:[CF]|(?:[ckm]m|m */ *s|kg|ft|mph|min|sec|hrs?|rad| [a-z]{4,})(?: +[a-z]{2,})*"
+                  r"(?: */ *[a-z]+)?(?:\^\{?[0-9]\}?)?)$")
+NO_UNIT = re.compile(r"\b(?:is|are|if|when|where|for|not?|mod|with|times|choose|factorial|squared|cubed|"
+                     r"hundred|dozen|to|more|less|than|at|least|most|[ap]\.?m)\b", re.I)
 
 
 @functools.lru_cache(65_536)
 def normalise(text):
-    """One spelling for what is written in many ways; still LaTeX, but a row ends in a newline and a degree sign is °."""
+    """One spelling for what is written in many ways; still LaTeX, but a row ends in a newline, a degree sign is °."""
     text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]).replace("−", "-") + "}", text)
     text = unicodedata.normalize("NFKC", text.translate(UNICODE))
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
@@ -128,7 +142,9 @@ def normalise(text):
         text = pattern.sub(new, text)
     text = text.strip().rstrip(" .,;")
     unit = UNIT.search(text)
-    return text[:unit.start()].rstrip() if unit and re.search("[0-9]", text[:unit.start()]) and not NO_UNIT.search(unit[0]) else text
+    if unit and re.search("[0-9]", text[:unit.start()]) and not NO_UNIT.search(unit[0]):
+        return text[:unit.start()].rstrip()
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------- 3. judge
@@ -138,11 +154,12 @@ def same(a, b):
     if a == b:
         return True
     if a[0] in FLIP and b[0] in FLIP:
-        return a[0] == b[0] == "=" and a[3] and b[3] and "+" not in a[3] + b[3] and same(a[2], b[2]) or proportional(a, b)
+        named = a[0] == b[0] == "=" and a[3] and b[3] and "+" not in a[3] + b[3]
+        return named and same(a[2], b[2]) or proportional(a, b)
     if a[0] in FLIP:
         return bool(a[3]) and same(a[2], b)
     if b[0] in FLIP:
-        return bool(b[3]) and "+" not in b[3] and same(a, b[2])                 # m + n = 5 is an answer 5; as a gold it is a line
+        return bool(b[3]) and "+" not in b[3] and same(a, b[2])  # m + n = 5 is an answer 5; as a gold it is a line
     kinds = {a[0], b[0]}
     if "named" in kinds and len(kinds) == 2 and len(a) == len(b):
         kind = (kinds - {"named"}).pop()
@@ -168,13 +185,13 @@ def same(a, b):
 
 NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined", TooBig: "too_big",
-            RecursionError: "too_big", OverflowError: "too_big"}
+FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
+            TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big"}
 
 
 @functools.lru_cache(4096)
 def read(text):
-    r"""The trees that an answer may mean: `12,345` is a number, or else a list; `a \pm b` is two answers, tied to any \mp."""
+    r"""The trees that an answer may mean: `12,345` is a number, or else a list; `a \pm b` is two, tied to any \mp."""
     trees = []
     joined = GROUPED.sub(lambda m: m[0] if re.search(r"[(\[]|\\\{", text[:m.start()]) else m[0].replace(",", ""), text)
     for reading in dict.fromkeys((joined, text)):
@@ -206,7 +223,7 @@ def judge(predicted, gold):
         status = FAILURES[type(error)]
     try:
         spent[0] = 0
-        any(same(TWO, b) for b in golds)                                        # has the gold a value, beside something harmless?
+        any(same(TWO, b) for b in golds)  # has the gold a value, beside something harmless?
     except tuple(FAILURES):
         return None, "gold_unparsed"
     return False, status
@@ -226,7 +243,7 @@ def quick(predicted, golds):
     """The cheap cases, which are most of the traffic: True, False, or None if it takes more."""
     if predicted in golds:
         return True
-    if len(predicted) > 50 or not golds or not all(len(text) < 50 and NUMBER.fullmatch(text) for text in (predicted, *golds)):
+    if not golds or not all(len(text) < 50 and NUMBER.fullmatch(text) for text in (predicted, *golds)):
         return None
     return any(Fraction(predicted) == Fraction(gold) for gold in golds)
 
@@ -240,11 +257,12 @@ def verify(response, answer):
     return Verdict(*(judge_any(predicted, golds_of(answer)) if known is None else (known, "ok")), predicted)
 
 
-# ------------------------------------------------------------------------------------- 4. many, in processes that can be killed
+# ----------------------------------------------------------------------------- 4. many, in processes that can be killed
 class Pool:
-    """Worker processes that stay alive between calls. Each is a fresh Python with a clean environment (nothing of torchrun, of CUDA,
-    of a preloaded library), a memory limit and no torch, that answers pair by pair. One that dies, or is longer than `seconds` at a
-    pair, is killed; that pair is tried again alone, and only if it fails twice is it the guilty one. No other pair is lost."""
+    """Worker processes that stay alive between calls. Each is a fresh Python with a clean environment (nothing of
+    torchrun, of CUDA, of a preloaded library), a memory limit and no torch, that answers pair by pair: so it is known
+    at which pair it was. One that dies, or is longer than `seconds` at a pair, is killed; that pair is tried again
+    alone, and only if it fails twice is it the guilty one. No other pair is lost."""
 
     KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "SYSTEMROOT", "TMPDIR")
 
@@ -253,10 +271,11 @@ class Pool:
         self.command = [sys.executable, os.path.abspath(__file__), "--worker", json.dumps([megabytes, limits or {}])]
 
     def start(self):
-        environment = {name: os.environ[name] for name in self.KEPT if name in os.environ} | {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"}
-        worker = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+        kept = {name: os.environ[name] for name in self.KEPT if name in os.environ}
+        worker = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                                  env=kept | {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"})
         if worker.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"a verifier process does not start (exit code {worker.wait()}): {' '.join(self.command)}")
+            raise RuntimeError(f"a verifier process does not start (exit code {worker.wait()}): {self.command}")
         return worker
 
     def stop(self, worker):
@@ -304,7 +323,7 @@ class Pool:
                     try:
                         worker.stdin.write(json.dumps([jobs[k] for k in chunk]).encode() + b"\n")
                         worker.stdin.flush()
-                    except BrokenPipeError:                                     # it died since the last call; its end is read below
+                    except BrokenPipeError:  # it died since the last call; its end is read below
                         continue
                 soonest = min(deadline for _, _, deadline in busy.values())
                 for key, _ in selector.select(max(0.0, soonest - time.monotonic())):
@@ -323,7 +342,7 @@ class Pool:
                 for worker in [w for w, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]:
                     lose(worker, "timeout")
         finally:
-            for worker in list(busy):                                           # only after an exception: its answers have no reader
+            for worker in list(busy):  # only after an exception: its answers have no reader
                 release(worker)
                 self.stop(worker)
             selector.close()
@@ -335,9 +354,9 @@ atexit.register(POOL.close)
 
 
 def verify_many(pairs, workers=None, progress=None, pool=POOL):
-    """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are judged once; what takes more than
-    a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most 8; 0: this process).
-    progress(n) is called as n more verdicts stand."""
+    """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are judged once; what
+    takes more than a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most 8; 0:
+    this process). progress(n) is called as n more verdicts stand."""
     verdicts, places = [], collections.defaultdict(list)
     for response, answer in pairs:
         golds = golds_of(answer)
@@ -378,7 +397,7 @@ def serve(megabytes, limits):
         for line in sys.stdin:
             for predicted, golds in json.loads(line):
                 print(json.dumps(judge_any(predicted, golds)), flush=True)
-    except MemoryError:                                                         # the state is not to be trusted any more
+    except MemoryError:  # the state is not to be trusted any more
         sys.exit(f"error: a verifier process went over its {megabytes} MB, and is replaced")
 
 
