@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -586,7 +587,7 @@ class Dist:
 def init_distributed(patience_hours: float = 0.5) -> Dist:
     """One process, or one of torchrun's: nccl with a card per rank, gloo on a CPU.
 
-    `patience_hours`: how long a rank waits for the others before it calls them lost; ranks that generate end hours apart.
+    `patience_hours`: how long a rank waits for the others before it calls them lost; generation ends hours apart.
     """
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
@@ -719,11 +720,20 @@ def pass_curve(n: int, c: int) -> np.ndarray:
 
 
 def t_quantile(p: float, freedom: float) -> float:
-    """Quantile p > 0.5 of Student's t: with t = sqrt(f) tan(a) the density of the angle a is proportional to cos(a)^(f-1)."""
+    """Quantile p > 0.5 of Student's t: with t = sqrt(f) tan(a) the density of the angle a goes as cos(a)^(f-1)."""
     angle = np.linspace(0, math.pi / 2, 20001)[:-1]
     density = np.cos(angle) ** (freedom - 1)
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(np.interp(p - 0.5, mass / mass[-1] / 2, angle))
+
+
+@functools.lru_cache(maxsize=16)
+def redraw(m: int, n_boot: int, *seed: int) -> np.ndarray:
+    """[n_boot, m] changes of the weights of m units when they are drawn anew, times sqrt(m / (m - 1))."""
+    if m == 1:
+        return np.zeros((n_boot, 1))
+    times = np.random.default_rng(seed).multinomial(m, [1 / m] * m, size=n_boot)
+    return math.sqrt(m / (m - 1)) * (times / m - 1 / m)
 
 
 def bootstrap(benchmarks: list, same_problems: bool = True, n_boot: int = 2000, level: float = 0.95, seed: int = 0):
@@ -735,19 +745,16 @@ def bootstrap(benchmarks: list, same_problems: bool = True, n_boot: int = 2000, 
     scaled by sqrt(m / (m - 1)) for m drawn units, and the percentile interval is stretched by Student's t over normal,
     with Satterthwaite's degrees of freedom: resampling 5 seeds as they are covers too little (0.88 in place of 0.95).
     """
-    rng = np.random.default_rng(seed)
     n_seeds = len(benchmarks[0])
-    draw = lambda m: math.sqrt(m / (m - 1)) * (rng.multinomial(m, [1 / m] * m, size=n_boot) / m - 1 / m) if m > 1 \
-        else np.zeros((n_boot, 1))                                                                 # [n_boot, m]
-    seed_draw = draw(n_seeds)
     by_seed = by_problem = 0
-    units = 0
+    parts = []                                                         # [P, K] each, with a draw of problems of its own
     for seeds in benchmarks:
-        by_seed = by_seed + seed_draw @ np.stack([x.mean(axis=0) for x in seeds]) / len(benchmarks)
-        parts = [np.mean(seeds, axis=0)] if same_problems else [x / n_seeds for x in seeds]
-        for part in parts:
-            by_problem = by_problem + draw(len(part)) @ part / len(benchmarks)
-            units += len(part) - 1
+        means = np.stack([x.mean(axis=0) for x in seeds])                                                       # [S, K]
+        by_seed = by_seed + redraw(n_seeds, n_boot, seed, 0) @ means / len(benchmarks)
+        parts += [np.mean(seeds, axis=0)] if same_problems else [x / n_seeds for x in seeds]
+    for i, part in enumerate(parts, 1):
+        by_problem = by_problem + redraw(len(part), n_boot, seed, i) @ part / len(benchmarks)
+    units = sum(len(part) - 1 for part in parts)
     mean = np.mean([np.mean([x.mean(axis=0) for x in seeds], axis=0) for seeds in benchmarks], axis=0)
     var_seed, var_problem = by_seed.var(axis=0), by_problem.var(axis=0)
     freedom = (var_seed + var_problem) ** 2 / np.maximum(
