@@ -55,9 +55,8 @@ COMMANDS = {rf"\{name}" for name in [*FUNCTIONS, *"frac binom sqrt sum prod int 
 FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne", "=": "="}
 INFIX = {"\n": 1, "&": 2, ",": 3, ";": 3, r"\in": 4, r"\approx": 4, r"\cup": 5, ":": 6, "+": 7, "-": 7, "/": 8,
          r"\div": 8, r"\cdot": 8, r"\times": 8} | dict.fromkeys(FLIP, 4)  # how tightly they bind; factors side by side as \cdot
-NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)"
-                  r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*(?:\([^()]*\))?"
-                  r"|\|[A-Z]+\||[a-z](?:\+[a-z])+")
+NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)"                     # x, AB, \theta, \vec{v}
+                  r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
 STRUCTURES = {"set", "union", "named", ":", "base", "()", "(]", "[)", "[]", r"\langle\rangle"}
 TWO, INFINITY, MINUS_INFINITY = ("num", Fraction(2)), ("sym", r"\infty"), ("neg", ("sym", r"\infty"))
 

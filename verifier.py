@@ -97,7 +97,7 @@ RULES = [(re.compile(pattern), new) for pattern, new in [
     (rf"\\{FONTS} *\{{ *([a-zA-Z]) *\}}|\\{FONTS}", r" \1"),
     (rf"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|op)|mbox|hbox|operatorname\*?){END}", r"\\text"),
     (r"\\text *\{([^{}a-zA-ZµΩÅ]*)\}", r"\1"),                                                  # \text{204}
-    (rf"^\s*\\text *\{{ *\(? *([a-zA-Z]) *\)? *\}} *$|\\text *\{{ *([eid]) *\}}", r" \1\2"),    # \text{(B)}, \mathrm{e}
+    (r"^\s*\\text *\{ *\(? *([a-zA-Z]) *\)? *\} *$|\\text *\{ *([eid]) *\}", r" \1\2"),    # \text{(B)}, \mathrm{e}
     (rf"\\text *\{{ *({'|'.join(FUNCTIONS)}) *\}}", r"\\\1 "),
     # plain sqrt(2)
     (rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi(?![a-z])|infty(?![a-z]))(?= *[^a-z ]|$| +[a-z])", r"\\\1 "),
@@ -355,8 +355,8 @@ atexit.register(POOL.close)
 
 def verify_many(pairs, workers=None, progress=None, pool=POOL):
     """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are judged once; what
-    takes more than a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most 8; 0:
-    this process). progress(n) is called as n more verdicts stand."""
+    takes more than a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most
+    8; 0: this process). progress(n) is called as n more verdicts stand."""
     verdicts, places = [], collections.defaultdict(list)
     for response, answer in pairs:
         golds = golds_of(answer)

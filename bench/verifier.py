@@ -2,10 +2,11 @@
 
     python bench/verifier.py                              the labelled pairs of tests/, 300 long responses for speed
     python bench/verifier.py --cases FILE.jsonl           other pairs: rows with gold, response, expected, class
-    python bench/verifier.py --throughput 300000          also: a JSONL of so many responses of 25 kB, read and judged by verify_many
+    python bench/verifier.py --throughput 300000          also: a JSONL of so many, read and judged by verify_many
 
-A peer that is not installed is left out, and named (bench/requirements.txt). Peers get the whole response, as in their own use, or
-with --tail only what follows </think>, which spares them the search of the reasoning. One core; times of calls are processor time.
+A peer that is not installed is left out, and named (bench/requirements.txt). Peers get the whole response, as in their
+own use, or with --tail only what follows </think>, which spares them the search of the reasoning. One core; times of
+calls are processor time.
 """
 
 import argparse
@@ -39,22 +40,34 @@ def ours():
 def math_verify():
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     from latex2sympy2_extended import NormalizationConfig
-    boxed = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=NormalizationConfig(boxed="last"))]
+
+    boxed = [
+        LatexExtractionConfig(
+            boxed_match_priority=0,
+            try_extract_without_anchor=False,
+            normalization_config=NormalizationConfig(boxed="last"),
+        )
+    ]
     both = [LatexExtractionConfig(), ExprExtractionConfig()]
 
     def grade(response, gold):
         return bool(verify(parse(f"${gold}$", both), parse(seen(response), boxed)))
+
     return grade
 
 
 def math_verify_default():
     from math_verify import parse, verify
+
     return lambda response, gold: bool(verify(parse(f"${gold}$"), parse(seen(response))))
 
 
 def trl():
     from trl.rewards import accuracy_reward
-    return lambda response, gold: accuracy_reward([[{"role": "assistant", "content": seen(response)}]], [f"${gold}$"])[0] == 1.0
+
+    return lambda response, gold: (
+        accuracy_reward([[{"role": "assistant", "content": seen(response)}]], [f"${gold}$"])[0] == 1.0
+    )
 
 
 def lighteval():
@@ -62,43 +75,51 @@ def lighteval():
     from lighteval.metrics.utils.extractive_match_utils import ExprExtractionConfig, LatexExtractionConfig
     from lighteval.models.model_output import ModelResponse
     from lighteval.tasks.requests import Doc
+
     configs = [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
     metric = MultilingualExtractiveMatchMetric(gold_extraction_target=configs, pred_extraction_target=configs)
 
     def grade(response, gold):
         doc = Doc(query="", choices=[f"${gold}$"], gold_index=0)
         return metric.compute(doc=doc, model_response=ModelResponse(text=[seen(response)])) == 1.0
+
     return grade
 
 
-GRADERS = {"ours": ours, "math-verify": math_verify, "math-verify, default": math_verify_default, "TRL": trl, "lighteval": lighteval}
+GRADERS = {
+    "ours": ours,
+    "math-verify": math_verify,
+    "math-verify, default": math_verify_default,
+    "TRL": trl,
+    "lighteval": lighteval,
+}
 
 
 def long_responses(cases, n, seed=0):
-    """n (response, gold) of 25 kB of reasoning, four in five with a plain number as the answer, the others from the cases."""
+    """n (response, gold) of 25 kB of reasoning, four in five with a number as the answer, the others from the cases."""
     draw = random.Random(seed)
-    words = "so we let x = 3 and get \\frac{1}{2} of $y^2$ ; wait , check : \\boxed{17} again \\n then the sum \\sum_{k} a_k is 42 .".split()
+    words = "so we let x = 3 and get \\frac{1}{2} of $y^2$ ; wait , check : \\boxed{17} then the sum \\sum_{k} a_k is 42 .".split()
     filler = " ".join(draw.choice(words) for _ in range(7_000))
     rows = []
     for _ in range(n):
         if draw.random() < 0.8:
             gold = str(draw.randint(0, 999))
-            answer = f"\n</think>\n\nThe final answer is $\\boxed{{{gold if draw.random() < 0.6 else draw.randint(0, 999)}}}$."
+            answer = f"\n</think>\n\nThe final answer is $\\boxed{{{gold if draw.random() < 0.6 else draw.randint(0, 99)}}}$."
         else:
             case = draw.choice(cases)
             gold, answer = case["gold"], "\n</think>\n" + case["response"].rpartition("</think>")[2]
         start = draw.randrange(len(filler) - 25_000)
-        rows.append(("<think>\n" + filler[start:start + 25_000 - len(answer)] + answer, gold))
+        rows.append(("<think>\n" + filler[start : start + 25_000 - len(answer)] + answer, gold))
     return rows
 
 
 def accuracy(graders, cases):
-    wrong = {name: [0, 0, 0] for name in graders}                               # FP, FN, exceptions
+    wrong = {name: [0, 0, 0] for name in graders}  # FP, FN, exceptions
     for case in cases:
         for name, grade in graders.items():
             try:
                 accepted = grade(case["response"], case["gold"])
-            except Exception:                                                   # a peer's own failure: counted, and shown as a refusal
+            except Exception:  # a peer's own failure: counted, and shown as a refusal
                 accepted = False
                 wrong[name][2] += 1
             wrong[name][0 if accepted else 1] += accepted != case["expected"]
@@ -106,7 +127,7 @@ def accuracy(graders, cases):
 
 
 def speed(graders, pairs):
-    """Processor seconds of each call; the graders take turns on each pair, so that a busy machine is as busy for all."""
+    """Processor seconds of each call; the graders take turns, so that a busy machine is as busy for all."""
     seconds = {name: [] for name in graders}
     for response, gold in pairs:
         for name, grade in graders.items():
@@ -114,7 +135,7 @@ def speed(graders, pairs):
             try:
                 grade(response, gold)
             except Exception:
-                pass                                                            # counted in accuracy()
+                pass  # counted in accuracy()
             seconds[name].append(time.process_time() - start)
     return seconds
 
@@ -130,14 +151,18 @@ def throughput(cases, n, workers):
         size = path.stat().st_size / 2**30
         start, begin = time.perf_counter(), os.times()
         with open(path) as file:
-            verdicts = verifier.verify_many(((row["response"], row["answer"]) for row in map(json.loads, file)), workers)
+            verdicts = verifier.verify_many(
+                ((row["response"], row["answer"]) for row in map(json.loads, file)), workers
+            )
         took = time.perf_counter() - start
-        verifier.POOL.close()                                                   # so that the processor time of the workers is counted
+        verifier.POOL.close()  # so that the processor time of the workers is counted
         used = os.times()
     processor = sum(used[:4]) - sum(begin[:4])
     right = sum(verdict.correct is True for verdict in verdicts)
-    print(f"{len(verdicts)} responses, {size:.2f} GB of JSONL, {workers} workers: {took:.1f} s ({len(verdicts) / took:,.0f}/s), "
-          f"processor {processor:.1f} s; {right} right, {sum(v.correct is None for v in verdicts)} unknown")
+    print(
+        f"{len(verdicts)} responses, {size:.2f} GB of JSONL, {workers} workers: {took:.1f} s ({len(verdicts) / took:,.0f}/s), "
+        f"processor {processor:.1f} s; {right} right, {sum(v.correct is None for v in verdicts)} unknown"
+    )
 
 
 def main():
@@ -145,7 +170,9 @@ def main():
     parser.add_argument("--cases", default=ROOT / "tests" / "verifier_cases.jsonl", help="labelled pairs")
     parser.add_argument("--responses", type=int, default=300, help="long responses for the speed of one call")
     parser.add_argument("--graders", nargs="+", choices=GRADERS, default=list(GRADERS))
-    parser.add_argument("--throughput", type=int, default=0, metavar="N", help="judge N long responses from a file (25 kB of disk each)")
+    parser.add_argument(
+        "--throughput", type=int, default=0, metavar="N", help="judge N long responses from a file"
+    )
     parser.add_argument("--tail", action="store_true", help="give the peers only what follows </think>")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -161,12 +188,16 @@ def main():
             print(f"{name}: left out ({error})")
     wrong = accuracy(graders, cases)
     seconds = speed(graders, long_responses(cases, args.responses))
-    print(f"{len(cases)} labelled pairs; {args.responses} responses of 25 kB\n"
-          f"{'':22} {'accuracy':>9} {'FP':>4} {'FN':>4} {'raised':>6} {'mean ms':>9} {'p99 ms':>8} {'per s':>8}")
+    print(
+        f"{len(cases)} labelled pairs; {args.responses} responses of 25 kB\n"
+        f"{'':22} {'accuracy':>9} {'FP':>4} {'FN':>4} {'raised':>6} {'mean ms':>9} {'p99 ms':>8} {'per s':>8}"
+    )
     for name in graders:
         (fp, fn, raised), times = wrong[name], sorted(seconds[name])
-        print(f"{name:22} {100 - 100 * (fp + fn) / len(cases):8.1f}% {fp:4} {fn:4} {raised:6} {1000 * statistics.mean(times):9.3f} "
-              f"{1000 * times[int(0.99 * len(times))]:8.2f} {1 / statistics.mean(times):8,.0f}")
+        print(
+            f"{name:22} {100 - 100 * (fp + fn) / len(cases):8.1f}% {fp:4} {fn:4} {raised:6} {1000 * statistics.mean(times):9.3f} "
+            f"{1000 * times[int(0.99 * len(times))]:8.2f} {1 / statistics.mean(times):8,.0f}"
+        )
     if "ours" in seconds and "math-verify" in seconds:
         print(f"ours / math-verify: {sum(seconds['math-verify']) / sum(seconds['ours']):.0f} times as fast")
     if args.throughput:

@@ -1,4 +1,4 @@
-"""The verifier: labelled pairs, random pairs against an independent oracle, hostile text, canaries, and worker processes that die."""
+"""The verifier: labelled pairs, random pairs against another oracle, hostile text, canaries, workers that die."""
 
 import ast
 import json
@@ -31,7 +31,11 @@ def boxed(text):
 # ------------------------------------------------------------------------------------------------------- labelled pairs
 def test_every_labelled_pair():
     assert len(CASES) > 800 and 300 < sum(case["expected"] for case in CASES) < 600
-    wrong = [(case, got) for case in CASES if (got := verifier.verify(case["response"], case["gold"])).correct is not case["expected"]]
+    wrong = [
+        (case, got)
+        for case in CASES
+        if (got := verifier.verify(case["response"], case["gold"])).correct is not case["expected"]
+    ]
     assert not wrong
 
 
@@ -41,28 +45,31 @@ def test_verify_many_gives_the_verdicts_of_verify_in_order():
     assert verifier.verify_many(pairs, workers=2) == [verifier.verify(*pair) for pair in pairs]
 
 
-@pytest.mark.parametrize("response, gold, correct, status", [
-    (boxed("2x"), "x+x", True, "ok"),
-    (boxed("3x"), "x+x", False, "ok"),
-    ("<think> \\boxed{5}", "5", False, "no_think_end"),
-    ("</think> it is 5", "5", False, "no_box"),
-    ("</think> \\boxed{ }", "5", False, "empty_box"),
-    ("</think> \\boxed{5", "5", False, "unbalanced_box"),
-    (boxed("5" * 2_001), "5", False, "too_long"),
-    (boxed("\\frac{1}{"), "5", False, "unbalanced_box"),
-    (boxed("5 +"), "5", False, "unparsed"),
-    (boxed("\\frac{5}{0}"), "5", False, "undefined"),
-    (boxed("9^{9^{9}}"), "5", False, "too_big"),
-    (boxed("5"), "\\frac{1}{", None, "gold_unparsed"),
-    (boxed("x"), "\\frac{1}{0}", None, "gold_unparsed"),
-    (boxed("x"), "9^{9^{9}}", None, "gold_unparsed"),
-    (boxed("5"), "", None, "gold_unparsed"),
-    (boxed("5"), [], None, "gold_unparsed"),
-    (boxed("5"), ["7", "5"], True, "ok"),
-    (boxed("6"), ["7", "5"], False, "ok"),
-    (boxed("x"), ["\\frac{1}{", "x"], True, "ok"),
-    (boxed("y"), ["\\frac{1}{", "x"], None, "gold_unparsed"),
-])
+@pytest.mark.parametrize(
+    "response, gold, correct, status",
+    [
+        (boxed("2x"), "x+x", True, "ok"),
+        (boxed("3x"), "x+x", False, "ok"),
+        ("<think> \\boxed{5}", "5", False, "no_think_end"),
+        ("</think> it is 5", "5", False, "no_box"),
+        ("</think> \\boxed{ }", "5", False, "empty_box"),
+        ("</think> \\boxed{5", "5", False, "unbalanced_box"),
+        (boxed("5" * 2_001), "5", False, "too_long"),
+        (boxed("\\frac{1}{"), "5", False, "unbalanced_box"),
+        (boxed("5 +"), "5", False, "unparsed"),
+        (boxed("\\frac{5}{0}"), "5", False, "undefined"),
+        (boxed("9^{9^{9}}"), "5", False, "too_big"),
+        (boxed("5"), "\\frac{1}{", None, "gold_unparsed"),
+        (boxed("x"), "\\frac{1}{0}", None, "gold_unparsed"),
+        (boxed("x"), "9^{9^{9}}", None, "gold_unparsed"),
+        (boxed("5"), "", None, "gold_unparsed"),
+        (boxed("5"), [], None, "gold_unparsed"),
+        (boxed("5"), ["7", "5"], True, "ok"),
+        (boxed("6"), ["7", "5"], False, "ok"),
+        (boxed("x"), ["\\frac{1}{", "x"], True, "ok"),
+        (boxed("y"), ["\\frac{1}{", "x"], None, "gold_unparsed"),
+    ],
+)
 def test_status(response, gold, correct, status):
     verdict = verifier.verify(response, gold)
     assert (verdict.correct, verdict.status) == (correct, status)
@@ -70,7 +77,10 @@ def test_status(response, gold, correct, status):
 
 
 def test_a_long_response_is_read_from_its_end():
-    assert verifier.verify("<think>" + "a \\boxed{3} " * 100_000 + "</think>" + "b" * 50_000 + "\\boxed{4}", "4").correct is True
+    assert (
+        verifier.verify("<think>" + "a \\boxed{3} " * 100_000 + "</think>" + "b" * 50_000 + "\\boxed{4}", "4").correct
+        is True
+    )
 
 
 def test_thousands_separators_and_lists_of_three_digits():
@@ -80,7 +90,7 @@ def test_thousands_separators_and_lists_of_three_digits():
     assert verifier.verify(boxed("100200"), "(100,200)").correct is False
 
 
-# --------------------------------------------------------------------------- random pairs, against values known beforehand
+# ------------------------------------------------------------------------ random pairs, against values known beforehand
 def families(draw):
     """name -> a function that draws (text, what it is worth); the worth is computed here, not by the verifier."""
     integer, pick, mp = draw.randint, draw.choice, mpmath.mp
@@ -117,7 +127,12 @@ def families(draw):
         return f"{kind[0]}{a},{b}{kind[1]}", (kind, (a, b))
 
     def inequality(sign, a):
-        return f"x {sign} {a}", {"<": ("()", ("-oo", a)), r"\le": ("(]", ("-oo", a)), ">": ("()", (a, "oo")), r"\ge": ("[)", (a, "oo"))}[sign]
+        return f"x {sign} {a}", {
+            "<": ("()", ("-oo", a)),
+            r"\le": ("(]", ("-oo", a)),
+            ">": ("()", (a, "oo")),
+            r"\ge": ("[)", (a, "oo")),
+        }[sign]
 
     def matrix(a, b, c, d):
         return rf"\begin{{pmatrix}}{a}&{b}\\{c}&{d}\end{{pmatrix}}", ("matrix", (a, b, c, d))
@@ -132,33 +147,51 @@ def families(draw):
         return text, (kind, text)
 
     return {
-        "integer": lambda: (lambda n: number(str(n), Fraction(n)))(pick((integer(-20, 20), integer(0, 999), integer(10**4, 10**6)))),
-        "fraction": lambda: fraction(integer(-30, 30), integer(2, 30)), "decimal": lambda: decimal(f"{draw.uniform(-20, 20):.{integer(1, 4)}f}"),
+        "integer": lambda: (lambda n: number(str(n), Fraction(n)))(
+            pick((integer(-20, 20), integer(0, 999), integer(10**4, 10**6)))
+        ),
+        "fraction": lambda: fraction(integer(-30, 30), integer(2, 30)),
+        "decimal": lambda: decimal(f"{draw.uniform(-20, 20):.{integer(1, 4)}f}"),
         "science": lambda: science(f"{draw.uniform(1, 10):.{integer(0, 2)}f}", integer(-9, 12)),
         "surd": lambda: surd(integer(-9, 9), pick("+-"), integer(1, 9), integer(2, 12), integer(2, 9)),
         "root": lambda: (lambda a, n: number(rf"\sqrt[{n}]{{{a}}}", mp.root(a, n)))(integer(2, 40), integer(2, 5)),
         "pi": lambda: (lambda a, b: number(rf"\frac{{{a}\pi}}{{{b}}}", a * mp.pi / b))(integer(1, 12), integer(1, 12)),
         "power": lambda: (lambda a, n: number(f"{a}^{{{n}}}", Fraction(a) ** n))(integer(2, 12), integer(-3, 40)),
         "factorial": lambda: (lambda n: number(f"{n}!", Fraction(int(mp.factorial(n)))))(integer(2, 25)),
-        "choose": lambda: (lambda n, k: number(rf"\binom{{{n}}}{{{k}}}", Fraction(int(mp.binomial(n, k)))))(integer(6, 16), integer(1, 6)),
-        "log": lambda: (lambda a, b: number(rf"\log_{{{a}}} {b}", mp.log(b) / mp.log(a)))(integer(2, 9), integer(2, 60)),
+        "choose": lambda: (lambda n, k: number(rf"\binom{{{n}}}{{{k}}}", Fraction(int(mp.binomial(n, k)))))(
+            integer(6, 16), integer(1, 6)
+        ),
+        "log": lambda: (lambda a, b: number(rf"\log_{{{a}}} {b}", mp.log(b) / mp.log(a)))(
+            integer(2, 9), integer(2, 60)
+        ),
         "exp": lambda: (lambda a, k: number(rf"{a}e^{{{k}}}", a * mp.exp(k)))(integer(1, 9), integer(-5, 5)),
         "sine": lambda: sine(pick(("sin", "cos")), integer(1, 9), integer(2, 9)),
         "complex": lambda: (lambda a, b: number(f"{a}{b:+d}i", mp.mpc(a, b)))(integer(-5, 5), pick(nonzero)),
-        "polynomial": lambda: polynomial(integer(2, 4), integer(-6, 6), integer(-6, 6)), "factors": lambda: factors(pick(nonzero), pick(nonzero)),
-        "line": lambda: line(integer(2, 9), integer(-9, 9)), "interval": lambda: interval(pick(("[]", "[)", "(]")), integer(-5, 0), integer(1, 5)),
-        "pair": lambda: interval("()", integer(-5, 5), integer(-5, 5)), "inequality": lambda: inequality(pick(("<", ">", r"\le", r"\ge")), integer(-9, 9)),
-        "matrix": lambda: matrix(*(integer(0, 2) for _ in range(4))), "values": lambda: values(*(integer(-5, 5) for _ in range(integer(2, 3)))),
-        "roots": lambda: roots(integer(-5, 5), pick((2, 3, 5, 6, 7))), "base": lambda: plain("base", f"{integer(10, 999)}_{integer(10, 12)}"),
-        "ratio": lambda: plain("ratio", f"{integer(1, 9)}:{integer(1, 9)}"), "choice": lambda: plain("choice", rf"\text{{({pick('ABCDE')})}}"),
-        "word": lambda: plain("word", rf"\text{{{pick(('yes', 'no', 'even', 'circle', 'ellipse', 'no solution', 'red and blue', 'blue'))}}}"),
+        "polynomial": lambda: polynomial(integer(2, 4), integer(-6, 6), integer(-6, 6)),
+        "factors": lambda: factors(pick(nonzero), pick(nonzero)),
+        "line": lambda: line(integer(2, 9), integer(-9, 9)),
+        "interval": lambda: interval(pick(("[]", "[)", "(]")), integer(-5, 0), integer(1, 5)),
+        "pair": lambda: interval("()", integer(-5, 5), integer(-5, 5)),
+        "inequality": lambda: inequality(pick(("<", ">", r"\le", r"\ge")), integer(-9, 9)),
+        "matrix": lambda: matrix(*(integer(0, 2) for _ in range(4))),
+        "values": lambda: values(*(integer(-5, 5) for _ in range(integer(2, 3)))),
+        "roots": lambda: roots(integer(-5, 5), pick((2, 3, 5, 6, 7))),
+        "base": lambda: plain("base", f"{integer(10, 999)}_{integer(10, 12)}"),
+        "ratio": lambda: plain("ratio", f"{integer(1, 9)}:{integer(1, 9)}"),
+        "choice": lambda: plain("choice", rf"\text{{({pick('ABCDE')})}}"),
+        "word": lambda: plain(
+            "word",
+            rf"\text{{{pick(('yes', 'no', 'even', 'circle', 'ellipse', 'no solution', 'red and blue', 'blue'))}}}",
+        ),
         "symbol": lambda: plain("symbol", pick("abckmnpqz") + pick(("", "_1", "_2", "'", "^2", "^3"))),
     }
 
 
 def equal_in_truth(a, b):
     if a[0] == b[0] == "number" and not (isinstance(a[1], Fraction) and isinstance(b[1], Fraction)):
-        a, b = (mpmath.mp.mpf(x[1].numerator) / x[1].denominator if isinstance(x[1], Fraction) else x[1] for x in (a, b))
+        a, b = (
+            mpmath.mp.mpf(x[1].numerator) / x[1].denominator if isinstance(x[1], Fraction) else x[1] for x in (a, b)
+        )
         return abs(a - b) < 1e-40 * max(abs(a), abs(b), 1)
     return a == b
 
@@ -176,11 +209,19 @@ def test_200000_random_pairs_of_different_golds():
                 pairs.append((boxed(a), b))
                 truth.append(equal_in_truth(a_worth, b_worth))
     verdicts = verifier.verify_many(pairs, workers=2)
-    wrong = [(response, gold, verdict) for (response, gold), verdict, true in zip(pairs, verdicts, truth) if verdict.correct is not bool(true)]
+    wrong = [
+        (response, gold, verdict)
+        for (response, gold), verdict, true in zip(pairs, verdicts, truth)
+        if verdict.correct is not bool(true)
+    ]
     assert not wrong, f"{len(wrong)} wrong, such as {wrong[:5]}"
-    assert sum(truth) > 500                                                             # so the pairs could have told
+    assert sum(truth) > 500  # so the pairs could have told
     # The oracle is not the verifier: a grader that calls numbers within 1e-3 equal is caught many times over.
-    sloppy = [(p, g) for (p, g), true in zip(pairs[:20_000], truth) if not true and near(p[len("<think>\n</think>\n\\boxed{"):-1], g)]
+    sloppy = [
+        (p, g)
+        for (p, g), true in zip(pairs[:20_000], truth)
+        if not true and near(p[len("<think>\n</think>\n\\boxed{") : -1], g)
+    ]
     assert len(sloppy) > 5
 
 
@@ -191,48 +232,188 @@ def near(a, b):
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------- hostile text
+# --------------------------------------------------------------------------------------------------------- hostile text
 HOSTILE = [
-    "9^{9^{9}}", "9^{9^{9^{9^{9}}}}", "2^2^2^2^2^2^2^2", "(10^9)!", "9!!!!", "((9!)!)!", "5000!",
-    "4999!+4998!+4997!", "+".join(["5000!"]*150), "/".join(["5000!"]*300), "\\binom{10^9}{5\\cdot 10^8}",
-    "\\binom{10^{9}}{10^{8}}", "\\binom{100000}{5000}", "+".join(["\\binom{10000}{5000}"]*80),
-    "\\sum_{k=1}^{10^{12}} k", "\\sum_{k=1}^{1000} k^{500}", "\\sum_{k=1}^{1000}\\sum_{j=1}^{1000} kj",
-    "\\sum_{a=1}^{900}\\sum_{b=1}^{900}\\sum_{c=1}^{900}\\sin(abc)", "\\prod_{k=1}^{10^9} k",
-    "\\prod_{k=1}^{1000} k!", "\\prod_{k=1}^{999}(x+k)", "\\sum_{k=-10^{20}}^{5} k",
-    "\\int_0^{\\infty} e^{-x^2}\\sin(x^{10})dx", "\\int"*700, "\\sqrt{"*200+"2"+"}"*200, "\\sqrt{"*25+"x"+"}"*25,
-    "\\frac{1}{"*300+"2"+"}"*300, "\\frac{1}{1+"*25+"x"+"}"*25, "("*5000+"1"+")"*5000, "("*900+"1"+")"*900,
-    "("*50+"x"+")"*50, "{"*100000+"}"*100000, "{"*900+"}"*900, "1"*100000, "1"*1990, "1"*900+"/"+"3"*900,
-    "x"*1000000, "x+"*5_000, "x+"*900+"x", "x"*1900, "1,"*20000+"1", ",".join(str(k%7) for k in range(900)),
-    ",".join("\\sin(%d)"%k for k in range(40)), ",".join("\\sqrt{%d+x}"%k for k in range(39)), "(x+y+z)^{40}+1",
-    "(x+y+z)^{400}+1", "x^5-x-1=0", "\\begin{cases}x^5+y=1\\\\y^5+x=2\\end{cases}",
-    "\\begin{pmatrix}"+"\\\\".join(["&".join(["1"]*60)]*60)+"\\end{pmatrix}^{50}",
-    "\\begin{pmatrix}"+"\\\\".join(["&".join(["1.5"]*8)]*8)+"\\end{pmatrix}^{50}",
-    "\\begin{pmatrix}"+"\\\\".join(["&".join(["\\pi"]*8)]*8)+"\\end{pmatrix}^{50}",
-    "\\begin{vmatrix}"+"\\\\".join(["&".join(["x^{%d}"%(k*j) for k in range(8)]) for j in range(8)])+"\\end{vmatrix}",
-    "\\begin{pmatrix}1&1\\\\1&0\\end{pmatrix}^{10^{9}}", "\\begin{pmatrix}1&1\\\\1&0\\end{pmatrix}"*40, "\\("*900,
-    "\\boxed{"*2000, "\\boxed{"*800+"1"+"}"*800, "-"*1900+"1", "-"*50+"1", "\\frac"*390, "\\sqrt"*390,
-    "\\cup".join("(%d,%d)"%(k,k+1) for k in range(3000)), "\\cup".join("(%d,%d)"%(k%9,k) for k in range(150)),
-    "\0"*1000+"7", "2\x0004", "２０４", "٢٠٤", "\u202e402", "\\frac{1}{0}", "0/0", "nan", "\\infty-\\infty",
-    "1e999999999", "1e-999999999", "1e9999", "e^{e^{e^{e^{e^{e}}}}}", "\\exp(\\exp(\\exp(100)))",
-    "\\sin(10^{10^{5}})", "\\sin(e^{10^7})", "(10^{8}+0.5)!", "\\textbackslash 101\\textbackslash 057",
-    "\\input{/etc/passwd}", "\\pm"*900+"1", "1"+"\\pm\\sqrt{2}"*8, "1"+"\\pm\\sqrt{2}"*5, "\\pm"*5+"x", "|"*1000,
-    "|x"*300, "|"*50+"x"+"|"*50, "x"+"_"*900, "x_"*600, "x"+"^"*900, "x^"*600+"2", "x"+"'"*1900, "5"+"!"*1000,
-    "3"+"!"*1, "°"*1900, "5"+"%"*1900, "\\text{"*300+"a"+"}"*300, "\\text{a and b}"*130, " and "*390,
-    "x or "*390+"y", "&"*1900, "\\\\"*900, ","*1900, "1;"*900, "."*1900, "x="*900, "x=1="*40+"1", "1<"*900+"x",
-    "1:"*900+"1", ":".join(["1"]*30), " "*1900+"1", "~"*1900+"1", "\\,"*900+"1", "$"*1900+"1", "\\|"*900,
-    "\\left("*300, "\\left."*300, "5"+"\\text{ m}"*240, "5 "+"metres "*250, "word "*390, "a"*1900+"1",
-    "aaa "*470+"1", "ab' "*470+",", "5"+" million"*200, ",".join(["123"]*490), "1,"*10+",".join(["123"]*400)+",12",
-    "1\\,"+"\\,".join(["123"]*300), "π"*1900, "²"*600, "ﷺ"*100, "a"+"\u0301"*1800, "😀"*900, "\ud800", "√"*1000+"2",
-    "½"*500, "0.\\overline{"+"3"*1800+"}", "0."+"1"*900+"\\overline{"+"7"*900+"}", "1\\frac{1}{2}"*150,
-    "\\ln "*300+"2", "\\sin"*300+"x", "\\sin("*24+"x"+")"*24, "\\log_{"*24+"2"+"}3"*24, "\\sin "+"x"*1500, "0^0",
-    "0^{-1}", "i^{i^{i}}", "(1+i)^{10^{7}}", "1.0000001^{10^{8}}", "\\left(\\frac{355}{113}\\right)^{9000}",
-    "("+"1"*50+"/"+"3"*49+")^{500}", "+".join("%d^{5000}"%k for k in range(2,150)),
-    " \\cdot ".join("%d^{999}"%k for k in range(2,150)), "+".join("\\frac{1}{%d}"%k for k in range(1,120)),
-    "+".join("e^{\\sqrt{%d}}"%k for k in range(1,100)), "+".join("\\sin(%dx)"%k for k in range(1,150)),
-    "".join("\\cos(\\frac{x}{%d})"%k for k in range(1,100)), "().__class__.__bases__[0]", "{{7*7}}",
-    "exec(open('/etc/passwd').read())", "%s%s%s%n", "'; DROP TABLE x;--", "\\lfloor "*30+"x"+"\\rfloor"*30,
-    "\\lfloor 10^{10^{7}}\\rfloor", "\\lfloor e^{10^{7}} \\rfloor", "7 \\pmod{"*100, "no box",]
-GOLDS = ["204", "x", r"\frac{\sqrt{3}}{2}", "(x+y+z)^{40}", "1,2,3", "x^2+y^2=1", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"]
+    "9^{9^{9}}",
+    "9^{9^{9^{9^{9}}}}",
+    "2^2^2^2^2^2^2^2",
+    "(10^9)!",
+    "9!!!!",
+    "((9!)!)!",
+    "5000!",
+    "4999!+4998!+4997!",
+    "+".join(["5000!"] * 150),
+    "/".join(["5000!"] * 300),
+    "\\binom{10^9}{5\\cdot 10^8}",
+    "\\binom{10^{9}}{10^{8}}",
+    "\\binom{100000}{5000}",
+    "+".join(["\\binom{10000}{5000}"] * 80),
+    "\\sum_{k=1}^{10^{12}} k",
+    "\\sum_{k=1}^{1000} k^{500}",
+    "\\sum_{k=1}^{1000}\\sum_{j=1}^{1000} kj",
+    "\\sum_{a=1}^{900}\\sum_{b=1}^{900}\\sum_{c=1}^{900}\\sin(abc)",
+    "\\prod_{k=1}^{10^9} k",
+    "\\prod_{k=1}^{1000} k!",
+    "\\prod_{k=1}^{999}(x+k)",
+    "\\sum_{k=-10^{20}}^{5} k",
+    "\\int_0^{\\infty} e^{-x^2}\\sin(x^{10})dx",
+    "\\int" * 700,
+    "\\sqrt{" * 200 + "2" + "}" * 200,
+    "\\sqrt{" * 25 + "x" + "}" * 25,
+    "\\frac{1}{" * 300 + "2" + "}" * 300,
+    "\\frac{1}{1+" * 25 + "x" + "}" * 25,
+    "(" * 5000 + "1" + ")" * 5000,
+    "(" * 900 + "1" + ")" * 900,
+    "(" * 50 + "x" + ")" * 50,
+    "{" * 100000 + "}" * 100000,
+    "{" * 900 + "}" * 900,
+    "1" * 100000,
+    "1" * 1990,
+    "1" * 900 + "/" + "3" * 900,
+    "x" * 1000000,
+    "x+" * 5_000,
+    "x+" * 900 + "x",
+    "x" * 1900,
+    "1," * 20000 + "1",
+    ",".join(str(k % 7) for k in range(900)),
+    ",".join("\\sin(%d)" % k for k in range(40)),
+    ",".join("\\sqrt{%d+x}" % k for k in range(39)),
+    "(x+y+z)^{40}+1",
+    "(x+y+z)^{400}+1",
+    "x^5-x-1=0",
+    "\\begin{cases}x^5+y=1\\\\y^5+x=2\\end{cases}",
+    "\\begin{pmatrix}" + "\\\\".join(["&".join(["1"] * 60)] * 60) + "\\end{pmatrix}^{50}",
+    "\\begin{pmatrix}" + "\\\\".join(["&".join(["1.5"] * 8)] * 8) + "\\end{pmatrix}^{50}",
+    "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\pi"] * 8)] * 8) + "\\end{pmatrix}^{50}",
+    "\\begin{vmatrix}"
+    + "\\\\".join(["&".join(["x^{%d}" % (k * j) for k in range(8)]) for j in range(8)])
+    + "\\end{vmatrix}",
+    "\\begin{pmatrix}1&1\\\\1&0\\end{pmatrix}^{10^{9}}",
+    "\\begin{pmatrix}1&1\\\\1&0\\end{pmatrix}" * 40,
+    "\\(" * 900,
+    "\\boxed{" * 2000,
+    "\\boxed{" * 800 + "1" + "}" * 800,
+    "-" * 1900 + "1",
+    "-" * 50 + "1",
+    "\\frac" * 390,
+    "\\sqrt" * 390,
+    "\\cup".join("(%d,%d)" % (k, k + 1) for k in range(3000)),
+    "\\cup".join("(%d,%d)" % (k % 9, k) for k in range(150)),
+    "\0" * 1000 + "7",
+    "2\x0004",
+    "２０４",
+    "٢٠٤",
+    "\u202e402",
+    "\\frac{1}{0}",
+    "0/0",
+    "nan",
+    "\\infty-\\infty",
+    "1e999999999",
+    "1e-999999999",
+    "1e9999",
+    "e^{e^{e^{e^{e^{e}}}}}",
+    "\\exp(\\exp(\\exp(100)))",
+    "\\sin(10^{10^{5}})",
+    "\\sin(e^{10^7})",
+    "(10^{8}+0.5)!",
+    "\\textbackslash 101\\textbackslash 057",
+    "\\input{/etc/passwd}",
+    "\\pm" * 900 + "1",
+    "1" + "\\pm\\sqrt{2}" * 8,
+    "1" + "\\pm\\sqrt{2}" * 5,
+    "\\pm" * 5 + "x",
+    "|" * 1000,
+    "|x" * 300,
+    "|" * 50 + "x" + "|" * 50,
+    "x" + "_" * 900,
+    "x_" * 600,
+    "x" + "^" * 900,
+    "x^" * 600 + "2",
+    "x" + "'" * 1900,
+    "5" + "!" * 1000,
+    "3" + "!" * 1,
+    "°" * 1900,
+    "5" + "%" * 1900,
+    "\\text{" * 300 + "a" + "}" * 300,
+    "\\text{a and b}" * 130,
+    " and " * 390,
+    "x or " * 390 + "y",
+    "&" * 1900,
+    "\\\\" * 900,
+    "," * 1900,
+    "1;" * 900,
+    "." * 1900,
+    "x=" * 900,
+    "x=1=" * 40 + "1",
+    "1<" * 900 + "x",
+    "1:" * 900 + "1",
+    ":".join(["1"] * 30),
+    " " * 1900 + "1",
+    "~" * 1900 + "1",
+    "\\," * 900 + "1",
+    "$" * 1900 + "1",
+    "\\|" * 900,
+    "\\left(" * 300,
+    "\\left." * 300,
+    "5" + "\\text{ m}" * 240,
+    "5 " + "metres " * 250,
+    "word " * 390,
+    "a" * 1900 + "1",
+    "aaa " * 470 + "1",
+    "ab' " * 470 + ",",
+    "5" + " million" * 200,
+    ",".join(["123"] * 490),
+    "1," * 10 + ",".join(["123"] * 400) + ",12",
+    "1\\," + "\\,".join(["123"] * 300),
+    "π" * 1900,
+    "²" * 600,
+    "ﷺ" * 100,
+    "a" + "\u0301" * 1800,
+    "😀" * 900,
+    "\ud800",
+    "√" * 1000 + "2",
+    "½" * 500,
+    "0.\\overline{" + "3" * 1800 + "}",
+    "0." + "1" * 900 + "\\overline{" + "7" * 900 + "}",
+    "1\\frac{1}{2}" * 150,
+    "\\ln " * 300 + "2",
+    "\\sin" * 300 + "x",
+    "\\sin(" * 24 + "x" + ")" * 24,
+    "\\log_{" * 24 + "2" + "}3" * 24,
+    "\\sin " + "x" * 1500,
+    "0^0",
+    "0^{-1}",
+    "i^{i^{i}}",
+    "(1+i)^{10^{7}}",
+    "1.0000001^{10^{8}}",
+    "\\left(\\frac{355}{113}\\right)^{9000}",
+    "(" + "1" * 50 + "/" + "3" * 49 + ")^{500}",
+    "+".join("%d^{5000}" % k for k in range(2, 150)),
+    " \\cdot ".join("%d^{999}" % k for k in range(2, 150)),
+    "+".join("\\frac{1}{%d}" % k for k in range(1, 120)),
+    "+".join("e^{\\sqrt{%d}}" % k for k in range(1, 100)),
+    "+".join("\\sin(%dx)" % k for k in range(1, 150)),
+    "".join("\\cos(\\frac{x}{%d})" % k for k in range(1, 100)),
+    "().__class__.__bases__[0]",
+    "{{7*7}}",
+    "exec(open('/etc/passwd').read())",
+    "%s%s%s%n",
+    "'; DROP TABLE x;--",
+    "\\lfloor " * 30 + "x" + "\\rfloor" * 30,
+    "\\lfloor 10^{10^{7}}\\rfloor",
+    "\\lfloor e^{10^{7}} \\rfloor",
+    "7 \\pmod{" * 100,
+    "no box",
+]
+GOLDS = [
+    "204",
+    "x",
+    r"\frac{\sqrt{3}}{2}",
+    "(x+y+z)^{40}",
+    "1,2,3",
+    "x^2+y^2=1",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+]
 MEASURE = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -251,31 +432,58 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def test_hostile_text_is_judged_quickly_in_little_memory():
-    """In one process, so that a text that kills it kills them all; seconds of the processor, as the machine may be shared."""
+    """In one process, so that a text that kills it kills them all; processor seconds, as the machine may be shared."""
     assert len(HOSTILE) >= 150
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(ROOT)], input=json.dumps([HOSTILE, GOLDS]), capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(ROOT)], input=json.dumps([HOSTILE, GOLDS]), capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     *rows, megabytes = map(json.loads, run.stdout.splitlines())
     slow = [(seconds, text[:60]) for (seconds, _), text in zip(rows, HOSTILE, strict=True) if seconds > 0.2]
     assert not slow and megabytes < 100
     accepted = [text[:60] for (_, right), text in zip(rows, HOSTILE) if right]
-    assert set(accepted) == {"２０４", ("(" * 50 + "x" + ")" * 50)[:60]}                # the two that say 204 and x in a strange way
+    assert set(accepted) == {"２０４", ("(" * 50 + "x" + ")" * 50)[:60]}  # the two that say 204 and x in a strange way
 
 
 def test_hostile_golds_are_not_called_wrong_answers():
     verdicts = [verifier.verify(boxed("204"), text) for text in HOSTILE]
-    assert Counter(verdict.correct for verdict in verdicts)[None] > 60 and sum(verdict.correct is True for verdict in verdicts) == 1
+    assert (
+        Counter(verdict.correct for verdict in verdicts)[None] > 60
+        and sum(verdict.correct is True for verdict in verdicts) == 1
+    )
 
 
 def payloads(canary):
     python = f"__import__('pathlib').Path('{canary}').touch()"
     octal = "".join(f"\\{ord(c):03o}" for c in python)
-    yield from (python, rf"\sqrt{{{python}}}", rf"\text{{{python}}}", f"lambda: {python}", f"exec({python!r})", f"eval({python!r})",
-                f"{{{{{python}}}}}", f"{{% {python} %}}", f"$(touch {canary})", f"`touch {canary}`", f"; touch {canary} ;", f"| touch {canary}",
-                rf"\write18{{touch {canary}}}", rf"\immediate\write18{{touch {canary}}}", rf"\input{{|touch {canary}}}", octal,
-                rf"\textbackslash {octal}", f"x={python}", f"[{python} for x in (1,)]", f"f'{{{python}}}'", f"1 if {python} else 2",
-                f"Symbol('x', {python})", f"Integer({python})", f"!!python/object/apply:os.system ['touch {canary}']",
-                f"cos\nsystem\n(S'touch {canary}'\ntR.", f"__builtins__['__import__']('os').system('touch {canary}')")
+    yield from (
+        python,
+        rf"\sqrt{{{python}}}",
+        rf"\text{{{python}}}",
+        f"lambda: {python}",
+        f"exec({python!r})",
+        f"eval({python!r})",
+        f"{{{{{python}}}}}",
+        f"{{% {python} %}}",
+        f"$(touch {canary})",
+        f"`touch {canary}`",
+        f"; touch {canary} ;",
+        f"| touch {canary}",
+        rf"\write18{{touch {canary}}}",
+        rf"\immediate\write18{{touch {canary}}}",
+        rf"\input{{|touch {canary}}}",
+        octal,
+        rf"\textbackslash {octal}",
+        f"x={python}",
+        f"[{python} for x in (1,)]",
+        f"f'{{{python}}}'",
+        f"1 if {python} else 2",
+        f"Symbol('x', {python})",
+        f"Integer({python})",
+        f"!!python/object/apply:os.system ['touch {canary}']",
+        f"cos\nsystem\n(S'touch {canary}'\ntR.",
+        f"__builtins__['__import__']('os').system('touch {canary}')",
+    )
 
 
 def test_nothing_in_an_answer_is_executed(tmp_path):
@@ -285,12 +493,25 @@ def test_nothing_in_an_answer_is_executed(tmp_path):
             verifier.verify(response, gold)
             verifier.verify_many([(response, gold)], workers=1)
     assert not canary.exists()
-    eval(next(payloads(canary)))                                                        # what a grader that evaluates would do
+    eval(next(payloads(canary)))  # what a grader that evaluates would do
     assert canary.exists()
 
 
 def test_the_source_has_no_way_to_execute_text_and_no_signals():
-    forbidden = {"eval", "exec", "compile", "__import__", "sympify", "parse_expr", "system", "popen", "signal", "alarm", "pickle", "sympy"}
+    forbidden = {
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "sympify",
+        "parse_expr",
+        "system",
+        "popen",
+        "signal",
+        "alarm",
+        "pickle",
+        "sympy",
+    }
     for path in (ROOT / "verifier.py", ROOT / "latex.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -318,13 +539,26 @@ def judge_among_neighbours(text, off, seconds=1.5, megabytes=512):
 
 def test_the_pool_survives_with_the_limits_off(capfd):
     """Each limit stops a text that without it hangs, fills the memory, or at the least is judged."""
-    trials = [(["bits"], "9^{9^{9}}", {"timeout"}), (["factorial"], "(10^9)!", {"timeout"}), (["work"], r"\sum_{a=1}^{900}\sum_{b=1}^{900}\sin(abx)", {"timeout"}),
-              (["terms", "work"], r"\sum_{k=1}^{10^{12}} k^{3000}", {"crashed"}), (["terms"], r"\sum_{k=1}^{1001} k", {"ok"}),
-              (["tokens"], "x+" * 800 + "x", {"ok"}), (["depth"], "(" * 61 + "1" + ")" * 61, {"ok"}), (["items"], ",".join("1" * 41), {"ok"}),
-              (["exponent"], "2^{10^{9}x}", {"ok"})]
+    trials = [
+        (["bits"], "9^{9^{9}}", {"timeout"}),
+        (["factorial"], "(10^9)!", {"timeout"}),
+        (["work"], r"\sum_{a=1}^{900}\sum_{b=1}^{900}\sin(abx)", {"timeout"}),
+        (["terms", "work"], r"\sum_{k=1}^{10^{12}} k^{3000}", {"crashed"}),
+        (["terms"], r"\sum_{k=1}^{1001} k", {"ok"}),
+        (["tokens"], "x+" * 800 + "x", {"ok"}),
+        (["depth"], "(" * 61 + "1" + ")" * 61, {"ok"}),
+        (["items"], ",".join("1" * 41), {"ok"}),
+        (["exponent"], "2^{10^{9}x}", {"ok"}),
+    ]
     with ThreadPoolExecutor(3) as threads:
-        done = list(threads.map(lambda t: judge_among_neighbours(t[1], t[0], megabytes=64 if "terms" in t[0] else 512,
-                                                                 seconds=20 if "terms" in t[0] else 3), trials))
+        done = list(
+            threads.map(
+                lambda t: judge_among_neighbours(
+                    t[1], t[0], megabytes=64 if "terms" in t[0] else 512, seconds=20 if "terms" in t[0] else 3
+                ),
+                trials,
+            )
+        )
     for (off, text, statuses), (correct, status) in zip(trials, done):
         assert latex_status(text) == "too_big", text[:40]
         assert status in statuses and correct is (False if status == "ok" else None), (off, text[:40], status)
@@ -336,7 +570,7 @@ def latex_status(text):
 
 
 def test_the_pool_survives_an_abort():
-    """A process that aborts, as with gmpy2 and a huge factorial: here from outside, while it is at one pair, both times."""
+    """A process that aborts, as with gmpy2 and a huge factorial: here from outside, at one pair, both times."""
     pool, hang = verifier.Pool(seconds=60, limits={"bits": 10**18}), ("9^{9^{9}}", ("7",))
     killed, stop = [], threading.Event()
 
@@ -350,7 +584,10 @@ def test_the_pool_survives_an_abort():
     thread = threading.Thread(target=abort)
     thread.start()
     try:
-        assert pool.judge(EASY[:30] + [hang] + EASY[30:], 1) == [(True, "ok")] * 30 + [(None, "crashed")] + [(True, "ok")] * 30
+        assert (
+            pool.judge(EASY[:30] + [hang] + EASY[30:], 1)
+            == [(True, "ok")] * 30 + [(None, "crashed")] + [(True, "ok")] * 30
+        )
     finally:
         stop.set()
         thread.join()
@@ -366,7 +603,7 @@ def children():
             if entry.isdigit() and int(open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()[1]) == os.getpid():
                 pids += [int(entry)] if b"--worker" in open(f"/proc/{entry}/cmdline", "rb").read() else []
         except (FileNotFoundError, ProcessLookupError):
-            continue                                                                    # it ended meanwhile
+            continue  # it ended meanwhile
     return pids
 
 
@@ -384,10 +621,16 @@ def test_workers_stay_between_calls_and_one_that_died_meanwhile_is_replaced():
     try:
         assert all(v.correct for v in verifier.verify_many(pairs, 2, pool=pool))
         first = {worker.pid for worker in pool.idle}
-        assert all(v.correct for v in verifier.verify_many(pairs, 2, pool=pool)) and {worker.pid for worker in pool.idle} == first
+        assert (
+            all(v.correct for v in verifier.verify_many(pairs, 2, pool=pool))
+            and {worker.pid for worker in pool.idle} == first
+        )
         for worker in pool.idle:
             worker.kill()
-        assert all(v.correct for v in verifier.verify_many(pairs, 2, pool=pool)) and not {worker.pid for worker in pool.idle} & first
+        assert (
+            all(v.correct for v in verifier.verify_many(pairs, 2, pool=pool))
+            and not {worker.pid for worker in pool.idle} & first
+        )
     finally:
         pool.close()
 
@@ -408,13 +651,23 @@ def test_equal_pairs_are_judged_once_and_progress_counts_every_response():
 
 def test_easy_pairs_start_no_process():
     pool = verifier.Pool()
-    assert [v.correct for v in verifier.verify_many([(boxed("3"), "3.0"), (boxed("4"), "3"), ("", "x")], 2, pool=pool)] == [True, False, False]
+    assert [
+        v.correct for v in verifier.verify_many([(boxed("3"), "3.0"), (boxed("4"), "3"), ("", "x")], 2, pool=pool)
+    ] == [True, False, False]
     assert not pool.idle
 
 
 def test_a_worker_has_a_clean_environment_no_torch_and_a_memory_limit(monkeypatch):
-    for name, text in {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "CUDA_VISIBLE_DEVICES": "0", "LD_PRELOAD": "",
-                       "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_CUDA_ALLOC_CONF": "x", "OMP_NUM_THREADS": "8"}.items():
+    for name, text in {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "LD_PRELOAD": "",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "PYTORCH_CUDA_ALLOC_CONF": "x",
+        "OMP_NUM_THREADS": "8",
+    }.items():
         monkeypatch.setenv(name, text)
     pool = verifier.Pool()
     try:
@@ -430,14 +683,19 @@ def test_a_worker_has_a_clean_environment_no_torch_and_a_memory_limit(monkeypatc
 
 
 def test_workers_end_with_the_process_that_started_them():
-    code = ("import sys, os, signal; sys.path.insert(0, sys.argv[1]); import verifier\n"
-            "verifier.verify_many([('</think>\\\\boxed{2x}', 'x+x')], 1)\n"
-            "print(verifier.POOL.idle[0].pid, flush=True)\n"
-            "if sys.argv[2] == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n")
+    code = (
+        "import sys, os, signal; sys.path.insert(0, sys.argv[1]); import verifier\n"
+        "verifier.verify_many([('</think>\\\\boxed{2x}', 'x+x')], 1)\n"
+        "print(verifier.POOL.idle[0].pid, flush=True)\n"
+        "if sys.argv[2] == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
     for how in ("exit", "kill"):
         pid = int(subprocess.run([sys.executable, "-c", code, str(ROOT), how], capture_output=True, text=True).stdout)
         for _ in range(50):
-            if not os.path.exists(f"/proc/{pid}") or open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z":
+            if (
+                not os.path.exists(f"/proc/{pid}")
+                or open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+            ):
                 break
             time.sleep(0.1)
         else:
@@ -451,11 +709,15 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_verdict():
         verifier.verify_many([(boxed("2x"), "x+x")], 1, pool=pool)
 
 
-# --------------------------------------------------------------------------------------------------- properties of the grammar
+# -------------------------------------------------------------------------------------------- properties of the grammar
 def test_equality_is_symmetric_and_reflexive_on_the_golds():
     golds = sorted({case["gold"] for case in CASES if isinstance(case["gold"], str)})
     assert all(verifier.judge(gold, gold) == (True, "ok") for gold in golds)
-    one_sided = [(a, b) for a, b in combinations(golds, 2) if (verifier.judge(a, b)[0] is True) != (verifier.judge(b, a)[0] is True)]
+    one_sided = [
+        (a, b)
+        for a, b in combinations(golds, 2)
+        if (verifier.judge(a, b)[0] is True) != (verifier.judge(b, a)[0] is True)
+    ]
     assert not one_sided
 
 
@@ -465,8 +727,18 @@ def test_points_do_not_depend_on_the_order_of_names():
     assert any(latex.Point(k)[name] < 0 for k in range(3, 6) for name in "abcxyz")
 
 
-@pytest.mark.parametrize("exact, near", [("262537412640768744", r"e^{\pi\sqrt{163}}"), ("10^{60}", "10^{60}+1"), ("0", "10^{-40}"), ("0", "e^{-300}"),
-                                         (r"\sqrt{10^{30}+1}", "10^{15}"), (r"\frac{\pi}{4}", "0.785398163397448309615660845819875721049292349843776"),
-                                         ("x", "x+10^{-30}"), (r"\frac{22}{7}", r"\pi")])
+@pytest.mark.parametrize(
+    "exact, near",
+    [
+        ("262537412640768744", r"e^{\pi\sqrt{163}}"),
+        ("10^{60}", "10^{60}+1"),
+        ("0", "10^{-40}"),
+        ("0", "e^{-300}"),
+        (r"\sqrt{10^{30}+1}", "10^{15}"),
+        (r"\frac{\pi}{4}", "0.785398163397448309615660845819875721049292349843776"),
+        ("x", "x+10^{-30}"),
+        (r"\frac{22}{7}", r"\pi"),
+    ],
+)
 def test_near_is_not_equal(exact, near):
     assert verifier.verify(boxed(near), exact).correct is False and verifier.verify(boxed(exact), exact).correct is True
