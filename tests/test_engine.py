@@ -206,6 +206,27 @@ def test_vllm_sleep_and_wake_order(vllm, hf_engine, prompts, monkeypatch):
 
 
 @vllm_only
+def test_vllm_gives_the_same_samples_and_grades_through_01_and_05(tmp_path, capsys):
+    """Greedy, on the toy model: what 01 samples and 05 grades does not depend on the engine."""
+    subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", tmp_path, "--n-queries", "1", "--n-eval", "24"],
+                   check=True)
+    problems, got = tmp_path / "id.jsonl", {}
+    for engine in ("hf", "vllm"):
+        same = ["--model", str(ROOT / "toy/base"), "--temperature", "0", "--max-tokens", "120", "--n", "1", "--engine",
+                engine]
+        importlib.import_module("01_sample").main(
+            ["model", *same, "--problems", str(problems), "--max-prompt-tokens", "300", "--out",
+             str(tmp_path / f"{engine}.jsonl")])
+        importlib.import_module("05_eval").main([*same, "--problems", str(problems), "--out", str(tmp_path / engine)])
+        samples, graded = (list(common.read_jsonl(path)) for path in (tmp_path / f"{engine}.jsonl",
+                                                                      tmp_path / engine / "id.jsonl"))
+        got[engine] = [(r["response"], r["finish"], r["n_tokens"]) for r in samples], [
+            (r["response"], r["predicted"], r["correct"], r["status"]) for r in graded]
+    assert got["hf"] == got["vllm"]
+    assert len(got["vllm"][1]) == 24 and len({row[1] for row in got["vllm"][1]}) > 1
+
+
+@vllm_only
 def test_two_ranks_one_engine_each(model_path, tmp_path):
     """torchrun: the group is made first, each rank builds an engine, DDP trains on unequal batches, weights are synced
     and the collectives still work afterwards."""
