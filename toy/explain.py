@@ -1,7 +1,7 @@
 """Why the arms of a toy run differ: which strategy a model chooses, and how often it executes it right.
 
-    python toy/explain.py runs/toy                                  writes runs/toy/explain.json and runs/toy/explain/*.png
-    python toy/explain.py runs/toy --contrast runs/toy_easy         with the strategies of the second world
+    python toy/explain.py runs/toy                             writes runs/toy/explain.json, runs/toy/explain/*.png
+    python toy/explain.py runs/toy --contrast runs/toy_easy    with the strategies of the second world
 
 report.py shows explain.json as a section of the report. Accuracy is a sum over styles of
 
@@ -15,7 +15,7 @@ Where the entropy sits: every token of some stored samples is one of three kinds
 Entropy is the model's own (T = 1), as in 05_eval.py; kinds add up to the policy entropy, share by share.
 
 RUN_DIR/ablations/NAME-VALUE/eval, if there, gives one figure for each NAME: Pass@1, Pass@8 and entropy over VALUE, with
-the run's own arm as one of the values (see toy/study.sh, which makes them).
+the run's own arm as one of the values. They are made on the first seed (toy/study.sh).
 
 Deliberate simplifications: a number is the mean over seeds, and behind it stands the range over seeds, not an interval
 (report.py has intervals); the sets of problems weigh alike; a rate over fewer than 20 responses is not shown.
@@ -50,12 +50,13 @@ ARMS = {
     "oxa_full": ("#D55E00", "D"), "length_matched": ("#009E73", "^"), "longest": ("#CC79A7", "P"),
 }
 # shallow styles are greys, careful ones greens
-STYLE_COLORS = dict(zip(STYLES, ("#4d4d4d", "#8c8c8c", "#bdbdbd", "#00441b", "#1b7837", "#5aae61", "#a6dba0", "#762a83")))
+STYLE_COLORS = dict(zip(STYLES, ("#4d4d4d", "#8c8c8c", "#bdbdbd",
+                                 "#00441b", "#1b7837", "#5aae61", "#a6dba0", "#762a83")))
 # NAME of an ablation: (the arm that the run itself has, its stage's sidecar, axis label, logarithmic)
 ABLATIONS = {
     "ul_weight": ("oxa_full", "sft/metrics.jsonl", "weight of the unlikelihood loss", True),
-    "mu_quantile": ("oxa_mle", "train.jsonl", "centre of the Gaussian, as a quantile of perplexity", False),
-    "cap": ("oxa_mle", "train.jsonl", "most examples of one query", False),
+    "mu_quantile": ("oxa_mle", "train.jsonl", "μ, as a quantile of perplexity", False),
+    "cap": ("oxa_mle", "train.jsonl", "cap: most examples of one query", False),
 }
 
 
@@ -147,17 +148,19 @@ def name_of(arm, when):
 
 
 def choice_table(run):
-    """Arms by: careful share, right if careful, right if shallow, right in all; on each set."""
+    """Arms by: careful share, right of these and of the others, Pass@1; on each set."""
     rows = []
     for (arm, when), of_benchmark in run.counts.items():
         for b in run.benchmarks:
             x = np.array(list(of_benchmark.get(b, {}).values()))                               # [seeds, K, 3]
             if len(x):
                 n, right, steps = x.sum(axis=1).T
-                careful, shallow = x[:, CAREFUL].sum(axis=1), x[:, ~CAREFUL].sum(axis=1)
-                rows.append([name_of(arm, when), b, cell(careful[:, 0] / n), cell(rate(careful[:, 1], careful[:, 0])),
-                             cell(rate(shallow[:, 1], shallow[:, 0])), cell(right / n), cell(rate(steps, n))])
-    return ["arm", "set", "careful: share", "careful: right", "shallow: right", "all: right", "every step right"], rows
+                careful, other = x[:, CAREFUL].sum(axis=1), x[:, ~CAREFUL].sum(axis=1)
+                parts = (careful[:, 0] / n, rate(careful[:, 1], careful[:, 0]), rate(other[:, 1], other[:, 0]),
+                         right / n, steps / n)
+                rows.append([name_of(arm, when), b, *(cell(part, 2) for part in parts)])
+    return ["arm", "set", "careful: share", "of these right", "of the others right", "right (Pass@1)",
+            "every step right"], rows
 
 
 def styles_table(run, b):
@@ -204,7 +207,7 @@ def kinds_of(pieces):
 
 @torch.no_grad()
 def entropy_by_kind(model, tokenizer, samples):
-    """[(problem text, response ids)] -> [3, 2]: for each kind its share of the tokens and its mean entropy (nats)."""
+    """[(problem text, response ids)] -> [3, 2]: share of the tokens and mean entropy (nats, or nan) of each kind."""
     sequences, kinds = [], []
     for problem, ids in samples:
         prompt = c.render_prompt(tokenizer, problem)
@@ -216,7 +219,7 @@ def entropy_by_kind(model, tokenizer, samples):
         kind = np.concatenate([kinds[i] for i in indices])
         total += np.bincount(kind, weights=entropy.numpy(), minlength=len(KINDS))
         n += np.bincount(kind, minlength=len(KINDS))
-    return np.stack([n / n.sum(), total / np.maximum(n, 1)], axis=1)
+    return np.stack([n / n.sum(), np.divide(total, n, out=np.full(len(KINDS), np.nan), where=n > 0)], axis=1)
 
 
 def measure_entropies(run, base, n_samples):
@@ -232,9 +235,8 @@ def measure_entropies(run, base, n_samples):
                 if not Path(where).exists():
                     c.die(f"{where} does not exist: entropy is measured with the model that wrote the responses")
                 problems = {row["pid"]: row["problem"] for row in c.read_jsonl(folder / "data" / f"{b}.jsonl")}
-                samples = [(problems[row["pid"]], row["ids"]) for row in c.read_jsonl(folder / arm / evaluation / f"{b}.jsonl",
-                                                                                   {"k": int, "ids": list})
-                           if row["k"] < n_samples]
+                rows = c.read_jsonl(folder / arm / evaluation / f"{b}.jsonl", {"k": int, "ids": list})
+                samples = [(problems[row["pid"]], row["ids"]) for row in rows if row["k"] < n_samples]
                 each.append(entropy_by_kind(c.load_model(where), c.load_tokenizer(where), samples))
             found.setdefault((arm, when), {})[b] = np.array(each)
             print(f"entropy: {name_of(arm, when)}, {b}, {len(each)} seeds", flush=True)
@@ -243,7 +245,8 @@ def measure_entropies(run, base, n_samples):
 
 def entropy_table(found):
     rows = [[name_of(*key), b, *(cell(x[:, i, 1]) for i in range(len(KINDS))), f"{x[:, 1, 0].mean():.2f}",
-             cell(x.prod(axis=2).sum(axis=1))] for key, of_benchmark in found.items() for b, x in of_benchmark.items()]
+             cell(np.nansum(x.prod(axis=2), axis=1))]
+            for key, of_benchmark in found.items() for b, x in of_benchmark.items()]
     return ["arm", "set", "choice", "words", "arithmetic", "words: share", "all tokens"], rows
 
 
@@ -268,11 +271,11 @@ def measures_of(folder, k=8):
 def load_ablation(run, name):
     """-> (seed, own value, {value: measures_of(...)}) of the run's own arm and RUN_DIR/ablations/NAME-*, or None."""
     arm, sidecar, _, _ = ABLATIONS[name]
-    folders = {float(p.name.rpartition("-")[0] and p.name[len(name) + 1:]): p / "eval"
-               for p in (run.path / "ablations").glob(f"{name}-*") if (p / "eval" / "results.json").exists()}
+    folders = {float(p.name[len(name) + 1:]): p / "eval" for p in (run.path / "ablations").glob(f"{name}-*")
+               if (p / "eval" / "results.json").exists()}
     if not folders:
         return None
-    seed = (c.read_meta(next(iter(folders.values())).parent / "train.jsonl") or {"seed": run.seeds[0]})["seed"]
+    seed = run.seeds[0]
     own = run.path / f"seed-{seed}" / arm
     if not (own / "eval" / "results.json").exists():
         c.die(f"{run.path / 'ablations'} has values of {name}, but the run's own arm {own} has no evaluation")
@@ -294,7 +297,8 @@ def ablation_table(points):
 
 
 def panels(n_rows, n_cols, width=9.0, height=2.9):
-    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height * n_rows + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height * n_rows + 0.5), squeeze=False,
+                                layout="constrained")
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
@@ -344,8 +348,8 @@ def figure_choice(run, name="choice"):
         ax.set_title(b, fontsize=10)
         ax.set_xlabel("share of responses")
     patches = [plt.Rectangle((0, 0), 1, 1, color=STYLE_COLORS[style]) for style in STYLES]
-    return save(figure, run, name, "Styles chosen: shallow ones grey, careful ones green. Full colour: right answers; pale: wrong "
-                "ones. The full-coloured parts of a bar add up to Pass@1.", (patches, STYLES))
+    return save(figure, run, name, "Styles chosen: shallow ones grey, careful ones green. Full colour: right answers; pale: "
+                "wrong ones. The full-coloured parts of a bar add up to Pass@1.", (patches, STYLES))
 
 
 def figure_execution(run, when="before"):
@@ -369,8 +373,8 @@ def figure_execution(run, when="before"):
         ax.set_ylim(-0.02, 1.02)
         ax.set_title(f"{b}, {when} RLVR", fontsize=10)
         ax.set_ylabel("right, of the responses in the style")
-    return save(figure, run, "execution", f"How often a style, once chosen, leads to the right answer (bars: range over "
-                f"seeds; styles with fewer than {FEW} responses are left out).", unique_legend(axes), ncols=7)
+    return save(figure, run, "execution", f"How often a style, once chosen, leads to the right answer (bars: range "
+                f"over seeds; styles with fewer than {FEW} responses are left out).", unique_legend(axes), ncols=7)
 
 
 def figure_differences(run, found):
@@ -390,8 +394,8 @@ def figure_differences(run, found):
     limits = np.array([ax.get_xlim() for ax in axes[0]])
     for ax in axes[0]:
         ax.set_xlim(limits[:, 0].min(), limits[:, 1].max())
-    return save(figure, run, "choice_or_execution", f"The difference to {REFERENCE} in right answers, split exactly; after RLVR against "
-                f"{REFERENCE} after RLVR (lines: range over seeds).", unique_legend(axes))
+    return save(figure, run, "choice_or_execution", f"The difference to {REFERENCE} in right answers, split exactly; after RLVR "
+                f"against {REFERENCE} after RLVR (lines: range over seeds).", unique_legend(axes))
 
 
 def figure_entropy(run, found):
@@ -411,8 +415,8 @@ def figure_entropy(run, found):
         share = np.mean([x[:, i, 0].mean() for of_benchmark in found.values() for x in of_benchmark.values()])
         ax.set_title(f"{kind} ({share:.0%} of tokens)", fontsize=10)
         ax.set_xlabel("mean entropy (nats per token)")
-    return save(figure, run, "entropy", "Policy entropy by kind of token: the first token after <think>, where the style is chosen, other "
-                "words, and arithmetic (lines: range over seeds; hollow: after RLVR).")
+    return save(figure, run, "entropy", "Policy entropy by kind of token: the first token after `<think>`, where the style is "
+                "chosen, other words, and arithmetic (lines: range over seeds; hollow: after RLVR).")
 
 
 def figure_ablation(run, name, seed, own, points):
@@ -424,7 +428,7 @@ def figure_ablation(run, name, seed, own, points):
     for ax, measure in zip(axes[0], measures):
         for b, line, face in zip(run.benchmarks, ("-", "--"), (ARMS[arm][0], "white")):
             x, y = list(points), np.array([of_set[b][measure] for of_set in points.values()])      # [V, 3]
-            ax.errorbar(x, y[:, 0], yerr=np.maximum(np.abs(y[:, 1:] - y[:, :1]).T, 0), color=ARMS[arm][0], linestyle=line,
+            ax.errorbar(x, y[:, 0], yerr=np.abs(y[:, 1:] - y[:, :1]).T, color=ARMS[arm][0], linestyle=line,
                         marker=ARMS[arm][1], markerfacecolor=face, markersize=5, capsize=2.5, label=f"{arm}, {b}")
             if b in reference:
                 ax.axhline(reference[b][measure][0], color=ARMS[REFERENCE][0], linestyle=line, linewidth=1.2,
@@ -437,9 +441,9 @@ def figure_ablation(run, name, seed, own, points):
             ax.set_xticks(list(points), [f"{v:g}" for v in points])
         ax.set_ylim(bottom=0, top=1.02 if measure.startswith("Pass") else None)
         ax.set_title(measure, fontsize=10)
-        ax.set_xlabel(label, fontsize=8)
-    return save(figure, run, f"ablation_{name}", f"`{arm}` over {name} (seed {seed}; the run's own value shaded; intervals over problems).",
-                unique_legend(axes), ncols=4)
+        ax.set_xlabel(label)
+    return save(figure, run, f"ablation_{name}", f"`{arm}` over {name} (seed {seed}; the run's own value shaded; "
+                "intervals over problems).", unique_legend(axes), ncols=4)
 
 
 # ---------------------------------------------------------------------------------------------------------- sections
@@ -453,8 +457,8 @@ def strategies(run):
     share = lambda arm: np.mean([x[CAREFUL, 0].sum() / x[:, 0].sum() for x in run.counts[arm, "before"]["id"].values()])
     seen = [a for a in ("base", "sft", "oxa_mle", "oxa_full") if "id" in run.counts.get((a, "before"), {})]
     yield section("Which strategy is chosen, and how often it leads to the right answer",
-                  "Careful styles in distribution: " + ", ".join(f"`{a}` {share(a):.0%}" for a in seen) + ". Means over seeds, "
-                  "their range in brackets.", choice_table(run), [figure_choice(run)])
+                  "Careful styles in distribution: " + ", ".join(f"`{a}` {share(a):.0%}" for a in seen) + ". Means "
+                  "over seeds, their range in brackets.", choice_table(run), [figure_choice(run)])
     for b in run.benchmarks:
         yield section(f"Share × right, for each style ({b})", "", styles_table(run, b),
                       [figure_execution(run)] if b == run.benchmarks[0] else [])
@@ -473,17 +477,20 @@ def explain(args):
     yield from strategies(run)
     entropies = measure_entropies(run, args.base, args.entropy_samples)
     yield section("Where the entropy sits", "Nats per token at T = 1, on the first "
-                  f"{args.entropy_samples} stored samples of each problem.", entropy_table(entropies), [figure_entropy(run, entropies)])
+                  f"{args.entropy_samples} stored samples of each problem.", entropy_table(entropies),
+                  [figure_entropy(run, entropies)])
     for name, (arm, _, label, _) in ABLATIONS.items():
         if found := load_ablation(run, name):
             seed, own, points = found
-            yield section(f"Ablation: {label}", f"`{arm}`, seed {seed}, one flag changed; the run's own value is {own:g}.",
+            yield section(f"Ablation: {label}",
+                          f"`{arm}`, seed {seed}, one flag changed; the run's own value is {own:g}.",
                           ablation_table(points), [figure_ablation(run, name, seed, own, points)])
     if args.contrast:
         other = load_run(args.contrast, "easy-leap")
         figure = figure_choice(Run(run.path, other.seeds, other.benchmarks, other.counts), "choice_contrast")
         yield section("The same in the world where the shortcut can be learnt",
-                      "World `easy-leap`: shallow styles, too, take one operation at a time.", choice_table(other), [figure])
+                      "World `easy-leap`: shallow styles, too, take one operation at a time.",
+                      choice_table(other), [figure])
 
 
 def main(argv=None):
