@@ -493,7 +493,8 @@ def agree(first, second):
             size = max(max(abs(x), abs(y)) for x, y in pairs)
             if gaps[-1] > size * mp.mpf(10) ** -15 and gaps[-1] > mp.mpf(10) ** -30:
                 return False, real
-    return gaps[1] <= size * mp.mpf(10) ** -60 or gaps[1] <= gaps[0] * mp.mpf(10) ** -30, real
+    vanishes = gaps[1] <= (gaps[0] * mp.mpf(10) ** -30 or mp.mpf(10) ** -80)
+    return gaps[1] <= size * mp.mpf(10) ** -60 or vanishes, real
 
 
 def everywhere(first, second, complex_):

@@ -216,13 +216,13 @@ def test_200000_random_pairs_of_different_golds():
     ]
     assert not wrong, f"{len(wrong)} wrong, such as {wrong[:5]}"
     assert sum(truth) > 500  # so the pairs could have told
-    # The oracle is not the verifier: a grader that calls numbers within 1e-3 equal is caught many times over.
+    # The oracle is not the verifier: a grader that calls numbers within 0.1 equal is caught many times over.
     sloppy = [
         (p, g)
-        for (p, g), true in zip(pairs[:20_000], truth)
+        for (p, g), true in zip(pairs, truth)
         if not true and near(p[len("<think>\n</think>\n\\boxed{") : -1], g)
     ]
-    assert len(sloppy) > 5
+    assert len(sloppy) >= 10
 
 
 def near(a, b):
@@ -572,12 +572,12 @@ def latex_status(text):
 def test_the_pool_survives_an_abort():
     """A process that aborts, as with gmpy2 and a huge factorial: here from outside, at one pair, both times."""
     pool, hang = verifier.Pool(seconds=60, limits={"bits": 10**18}), ("9^{9^{9}}", ("7",))
-    killed, stop = [], threading.Event()
+    killed, stop, others = [], threading.Event(), set(children())
 
     def abort():
         while not stop.wait(0.2):
             for pid in children():
-                if cpu_seconds(pid) > 1.0 and pid not in killed:
+                if cpu_seconds(pid) > 1.0 and pid not in killed and pid not in others:
                     killed.append(pid)
                     os.kill(pid, signal.SIGABRT)
 
