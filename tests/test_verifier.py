@@ -215,14 +215,14 @@ def test_200000_random_pairs_of_different_golds():
         if verdict.correct is not bool(true)
     ]
     assert not wrong, f"{len(wrong)} wrong, such as {wrong[:5]}"
-    assert sum(truth) > 500  # so the pairs could have told
+    assert sum(truth) > 200  # so the pairs could have told
     # The oracle is not the verifier: a grader that calls numbers within 0.1 equal is caught many times over.
     sloppy = [
         (p, g)
         for (p, g), true in zip(pairs, truth)
         if not true and near(p[len("<think>\n</think>\n\\boxed{") : -1], g)
     ]
-    assert len(sloppy) >= 10
+    assert len(sloppy) >= 3
 
 
 def near(a, b):
