@@ -337,7 +337,8 @@ def prepare_base(args):
     written = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer_config}
     written = {name: json.dumps(body, indent=2, ensure_ascii=False) + "\n" for name, body in written.items()}
     copied = [f for f in source.iterdir() if f.is_file() and f.name not in written and f.suffix != ".jinja"
-              and not f.name.startswith(".") and f.suffix in (".json", ".safetensors", ".txt", ".model")]
+              and not f.name.startswith(".") and not f.name.endswith(".meta.json")
+              and f.suffix in (".json", ".safetensors", ".txt", ".model")]
     if out.exists():
         same = all((out / name).exists() and (out / name).read_text() == text for name, text in written.items())
         if not same or not all((out / f.name).exists() and filecmp.cmp(f, out / f.name, shallow=False) for f in copied):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,16 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
     assert "begun with other settings" in inside(capsys, *args, "--temperature", 1, "--out", out, ok=False)
 
 
+def test_a_failed_rank_ends_the_job_with_its_own_message(tmp_path, tiny_model_dir, problem_file):
+    """Rank 0 dies over what a killed rank 1 left; rank 1, which waits for it, is ended by torchrun."""
+    (tmp_path / "o.rank1.jsonl").write_text('{"what": "is this"}\n')
+    began = time.time()
+    said = run("model", "--model", tiny_model_dir, "--problems", problem_file, "--n", 1, "--max-tokens", 4, "--engine",
+               "hf", "--max-prompt-tokens", 400, "--out", tmp_path / "o.jsonl", torchrun=2, ok=False)
+    assert "o.rank1.jsonl:1: not a row of this output" in said
+    assert time.time() - began < 100                                     # start-up on a busy machine included
+
+
 def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_dir, problem_file, capsys):
     """As with DeepSeek-R1's distilled models: markup of their own, `<think>` opened by the template."""
     from transformers import AutoTokenizer
@@ -377,8 +388,9 @@ def test_prepare_base(old_base, tmp_path, capsys):
     assert "already prepared" in inside(capsys, *args)
     assert before == {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
     assert "is not" in inside(capsys, *args, "--positions", 50000, ok=False)
-    # preparing what is prepared changes nothing
+    # preparing what is prepared changes nothing, however often
     inside(capsys, "prepare-base", "--model", out, "--out", tmp_path / "twice")
+    assert "already prepared" in inside(capsys, "prepare-base", "--model", out, "--out", tmp_path / "twice")
     assert (tmp_path / "twice" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
 
