@@ -86,7 +86,7 @@ EVAL_SEED = 20260316  # fixed: every seed is judged on the same problems
 
 # Shares of the styles in the teacher's traces.
 TEACHER_MIX = {
-    "boiler": 0.36, "leap": 0.12, "noisy": 0.12, "terse": 0.08, "col": 0.12, "split": 0.11, "reflect": 0.09,
+    "boiler": 0.44, "leap": 0.10, "noisy": 0.12, "terse": 0.08, "col": 0.09, "split": 0.09, "reflect": 0.08,
 }  # fmt: skip
 WRONG_SHARE = {"shallow": 0.15, "careful": 0.05}  # teacher traces whose answer is wrong
 
