@@ -74,7 +74,8 @@ GATES = {
         ("picked_by_gaussian", 0.85, 1.0),
     ),
 }
-MU_QUANTILE, SIGMA = 0.7, 0.25
+# Where the Gaussian stands: as in recipes/toy.toml, the quantile being that of correct traces inside the range.
+MU_QUANTILE, SIGMA, PPL_RANGE = 0.82, 0.15, (1.0, 5.0)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -302,7 +303,8 @@ def selection(args, tokenizer, n_queries=300, n_traces=6):
         for name, column in (("ppl", 3), ("tokens", 2)):
             of_style = sorted(row[column] for row in rows if row[1] == style)
             out[f"{name}_{style}"] = [round(of_style[int(f * (len(of_style) - 1))], 3) for f in (0.05, 0.5, 0.95)]
-    mu = sorted(ppl)[int(MU_QUANTILE * (len(ppl) - 1))]
+    inside = sorted(p for p in ppl if PPL_RANGE[0] <= p <= PPL_RANGE[1])
+    mu = inside[int(MU_QUANTILE * (len(inside) - 1))]
     weight = [math.exp(-0.5 * ((p - mu) / SIGMA) ** 2) for p in ppl]
     out["mu"] = mu
     out["picked_by_random"] = sum(care) / len(care)
