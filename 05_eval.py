@@ -307,7 +307,7 @@ def summarise(rows, table):
     mean, low, high = c.bootstrap([[np.stack([c.pass_curve(row["n"], row["n_correct"]) for row in table])]])
     curve = {"k": list(range(1, n + 1)), "value": mean.tolist(), "low": clip(low), "high": clip(high)}
     lengths = np.array([row["n_tokens"] for row in rows])
-    edges = np.unique(np.round(np.geomspace(1, max(lengths.max() + 1, 2), 41)).astype(int))
+    edges = np.unique(np.round(np.geomspace(1, max(lengths.max() + 1, 2), 161)).astype(int))
     rate = lambda name: sum(row[name] for row in table) / n_responses
     result = {
         "n_problems": len(table), "n_samples": n, "n_responses": n_responses,
@@ -392,7 +392,7 @@ def finish(benches, args, out, seconds):
                **{name: made[name] for name in ("model", "temperature", "top_p", "max_tokens", "seed", "engine")},
                "seconds": {name: results.get("seconds", {}).get(name, 0) + seconds.get(name, 0)
                            for name in ("generate", "entropy")},
-               "benchmarks": dict(sorted(results["benchmarks"].items()))}
+               "benchmarks": results["benchmarks"]}
     with c.replace_file(results_path) as file:
         json.dump(results, file, indent=1)
     print_table(results)

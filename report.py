@@ -319,9 +319,9 @@ def time_table(run, price):
     tokens = Counter()
     for s in run.seeds:
         for arm in run.arms:
-            for stage in ("sft", "rlvr"):
-                rows = read_metrics(run.path / f"seed-{s}" / arm / stage / "metrics.jsonl")
-                tokens[stage] += sum(row.get("tokens", 0) for row in rows)
+            for stage, count in (("sft", lambda row: row["tokens"]),
+                                 ("rlvr", lambda row: row["tokens_per_second_rollout"] * row["seconds_rollout"])):
+                tokens[stage] += sum(map(count, read_metrics(run.path / f"seed-{s}" / arm / stage / "metrics.jsonl")))
             for when, stage in (("before", "eval"), ("after", "eval_rlvr")):
                 if (s, arm, when) in run.evals:
                     results = run.evals[s, arm, when][0]["benchmarks"].values()
@@ -358,7 +358,8 @@ def provenance(run):
     commits, versions, hashes, graders, models = Counter(), defaultdict(Counter), {}, Counter(), set()
     for path in sorted(run.path.rglob("*.meta.json")):
         meta = json.loads(path.read_text())
-        commits[meta.get("commit", "unknown")] += 1
+        commit, _, dirty = meta.get("commit", "unknown").partition("-")
+        commits[commit[:12] + ("-" + dirty if dirty else "")] += 1
         for name, version in meta.get("versions", {}).items():
             versions[name][version] += 1
         hashes |= meta.get("inputs", {})
@@ -366,7 +367,7 @@ def provenance(run):
             models.add(f"perplexity under {short_path(meta['scorer'], run)}")
     for results, _ in run.evals.values():
         graders[results["grader"]] += 1
-    several = lambda counter: ", ".join(f"{name} ({n} files)" for name, n in counter.most_common())
+    several = lambda counter: ", ".join(f"{name} (×{n})" for name, n in counter.most_common())
     facts = {"seeds": ", ".join(map(str, run.seeds)), "commit": several(commits), "grader": several(graders),
              **{name: ", ".join(found) for name, found in versions.items()}, "scorer": ", ".join(sorted(models))}
     hashes = {short_path(name, run): digest for name, digest in hashes.items()}
@@ -530,7 +531,8 @@ def figure_curves(run, stage, measures, title, out):
         runs = [rows for rows in runs if rows]
         for name in measures:
             series = [[row.get(name) for row in rows] for rows in runs]
-            series = [np.array(x, dtype=float) for x in series if any(v is not None for v in x)]
+            empty = (None, 0) if name in ("ul_loss", "entropy_ul") else (None,)      # arms without unlikelihood
+            series = [np.array(x, dtype=float) for x in series if any(v not in empty for v in x)]
             if series:
                 length = min(map(len, series))
                 steps = np.array([row["step"] for row in runs[0]][:length])
@@ -542,15 +544,16 @@ def figure_curves(run, stage, measures, title, out):
     figure, axes = panels(len(curves), 2)
     for ax, (name, arms) in zip(axes, curves.items()):
         for place, (arm, (steps, x)) in enumerate(arms.items()):
-            window, look = len(steps) // 50 * 2 + 1, style(arm, run)
+            window, every, look = len(steps) // 50 * 2 + 1, max(1, len(steps) // 6), style(arm, run)
             ax.plot(steps, mean_of(x.mean(axis=0), window), label=arm, linewidth=1.5, markersize=4.5,
-                    markevery=((place + 1) * len(steps) // 60, max(1, len(steps) // 6)), **look)
+                    markevery=(place * every // len(arms), every), **look)
             if len(x) > 1:
                 ax.fill_between(steps, mean_of(x.min(axis=0), window), mean_of(x.max(axis=0), window),
                                 color=look["color"], alpha=0.12, linewidth=0)
         ax.set_xlabel("optimizer step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylabel(measures[name])
-        ax.set_ylim(bottom=0, top=None if max(x.max() for _, x in arms.values()) > 0 else 1)
+        ax.set_ylim(0, 1.08 * max(x.max() for _, x in arms.values()) or 1)
     figure.suptitle(title, fontsize=10)
     return save(figure, out, stage, axes)
 
@@ -707,7 +710,7 @@ def compose(run, worlds, summary, drawn, facts, hashes, k, price, out):
     yield rates_table(summary)
     if time := time_table(run, price):
         yield from ("## Time", time, "Seconds: wall time of commands that may have run side by side. A process is a "
-                    "card on GPUs. Tokens: trained on (sft, rlvr), generated (eval).")
+                    "card on GPUs. Tokens: trained on (sft), generated (rlvr, eval).")
     yield "## Where this comes from"
     yield table(["", ""], facts.items())
     first = [name for name in hashes if not any(f"seed-{s}/" in name for s in run.seeds[1:])]

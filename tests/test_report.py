@@ -74,7 +74,8 @@ def write_run(path, seeds=(0, 1), arms=tuple(RATES), rlvr=("sft", "oxa_full"), e
             if arm in rlvr:
                 write_eval(folder / arm / "eval_rlvr", rates[arm] + 0.2, rng, entropy)
                 write_rows(folder / arm / "rlvr" / "metrics.jsonl", [
-                    {"step": i + 1, "reward": rates[arm] + i / 200, "entropy": 0.5 - i / 200, "tokens": 500,
+                    {"step": i + 1, "reward": rates[arm] + i / 200, "entropy": 0.5 - i / 200,
+                     "tokens_per_second_rollout": 50, "seconds_rollout": 10,
                      "response_tokens_mean": 60 + i, "truncated": 0.1} for i in range(40)])
     for name, seconds in (("seed-0/score-teacher", 30), ("seed-0/sft/sft", 60), ("seed-1/sft/sft", 90)):
         mark = path / "logs" / f"{name}.done"
