@@ -168,7 +168,7 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     first = next(row for row in rows if row[:2] == ["oxa_mle", "id"])
     assert first[2] == "0.90 (0.90 to 0.90)"                        # col .5 + split .4, in both seeds
     right = lambda shift: (.1 * (.1 - shift) + .5 * (.9 - shift) + .4 * (.8 - shift))
-    assert float(first[5].split()[0]) == pytest.approx((right(0) + right(0.05)) / 2, abs=0.005)
+    assert float(first[5].split()[0]) == pytest.approx((right(0) + right(0.05)) / 2, abs=0.01)
     split = {tuple(row[:2]): row[2:] for row in sections["Choice or execution"]["rows"]}
     assert float(split["oxa_mle", "id"][1].split()[0]) > 0.3 and abs(float(split["oxa_mle", "id"][2].split()[0])) < 0.02
     ablation = next(s for title, s in sections.items() if title.startswith("Ablation"))

@@ -348,8 +348,8 @@ def figure_choice(run, name="choice"):
         ax.set_title(b, fontsize=10)
         ax.set_xlabel("share of responses")
     patches = [plt.Rectangle((0, 0), 1, 1, color=STYLE_COLORS[style]) for style in STYLES]
-    return save(figure, run, name, "Styles chosen: shallow ones grey, careful ones green. Full colour: right answers; pale: "
-                "wrong ones. The full-coloured parts of a bar add up to Pass@1.", (patches, STYLES))
+    return save(figure, run, name, "Styles chosen: shallow ones grey, careful ones green. Full colour: right answers; "
+                "pale: wrong ones. The full-coloured parts of a bar add up to Pass@1.", (patches, STYLES))
 
 
 def figure_execution(run, when="before"):
@@ -394,8 +394,8 @@ def figure_differences(run, found):
     limits = np.array([ax.get_xlim() for ax in axes[0]])
     for ax in axes[0]:
         ax.set_xlim(limits[:, 0].min(), limits[:, 1].max())
-    return save(figure, run, "choice_or_execution", f"The difference to {REFERENCE} in right answers, split exactly; after RLVR "
-                f"against {REFERENCE} after RLVR (lines: range over seeds).", unique_legend(axes))
+    return save(figure, run, "choice_or_execution", f"The difference to {REFERENCE} in right answers, split exactly; after "
+                f"RLVR against {REFERENCE} after RLVR (lines: range over seeds).", unique_legend(axes))
 
 
 def figure_entropy(run, found):
@@ -415,8 +415,8 @@ def figure_entropy(run, found):
         share = np.mean([x[:, i, 0].mean() for of_benchmark in found.values() for x in of_benchmark.values()])
         ax.set_title(f"{kind} ({share:.0%} of tokens)", fontsize=10)
         ax.set_xlabel("mean entropy (nats per token)")
-    return save(figure, run, "entropy", "Policy entropy by kind of token: the first token after `<think>`, where the style is "
-                "chosen, other words, and arithmetic (lines: range over seeds; hollow: after RLVR).")
+    return save(figure, run, "entropy", "Policy entropy by kind of token: the first token after `<think>`, where the style "
+                "is chosen, other words, and arithmetic (lines: range over seeds; hollow: after RLVR).")
 
 
 def figure_ablation(run, name, seed, own, points):
