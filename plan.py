@@ -4,15 +4,15 @@
     python plan.py recipes/paper_1.5b.toml --check    only what is missing here: one sentence and exit code 2
     python 03_train_oxa.py --recipe ... --plan        the figures of one command
 
-Needs no card, no network and no model (known ones are listed here, others are read from a local config.json), and nothing but
-Python's standard library: it runs before anything is installed.
+Needs no card, no network and no model (known ones are listed here, others are read from a local config.json), and
+nothing but Python's standard library: it runs before anything is installed.
 
-Exact, and tested against real tiny models: parameters, gradients, optimizer state, KV cache, checkpoint sizes. Modelled:
-activations (an upper estimate by layer), and time, from FLOPs and bytes at the utilisation that the recipe's [plan] names.
-What only a run can tell (lengths of responses, shares of wrong answers) stands in [plan] too.
+Exact, and tested against real tiny models: parameters, gradients, optimizer state, KV cache, checkpoint sizes.
+Modelled: activations (by layer), and time, from FLOPs and bytes at the utilisation that the recipe's [plan] names. What
+only a run can tell (lengths of responses, shares of wrong answers) stands in [plan] too.
 
-Deliberate simplifications: communication, import, verification and start-up take no time; all sequences of a kind have the same
-mean length, with SPREAD for the longer ones that a mean token sits in.
+Deliberate simplifications: communication, import, verification and start-up take no time; all sequences of a kind have
+the same mean length, with SPREAD for the longer ones that a mean token sits in.
 """
 
 import argparse
@@ -43,8 +43,8 @@ DEFAULTS = {
     "verify": {},
     "score": {"only": "all", "token_budget": 32768},
     "select": {"n_ce": 50000, "n_ul": 50000, "arm": "oxa_full"},
-    "train": {"epochs": 6, "ce_per_step": 128, "ul_per_step": 128, "token_budget": 32768, "gradient_checkpointing": False,
-              "shard": False, "keep": 1},
+    "train": {"epochs": 6, "ce_per_step": 128, "ul_per_step": 128, "token_budget": 32768, "keep": 1, "shard": False,
+              "gradient_checkpointing": False},
     "rlvr": {"prompts_per_step": 64, "rollouts": 8, "epochs": 20, "max_steps": 0, "max_prompt_tokens": 1536,
              "max_response_tokens": 18432, "token_budget": 32768, "gradient_checkpointing": False, "shard": False,
              "kl_coef": 0.001, "updates_per_batch": 1, "keep": 2, "gpu_memory": 0.3,
@@ -52,9 +52,9 @@ DEFAULTS = {
     "eval": {"n": 32, "n_of": [], "max_tokens": 32768, "entropy_samples": 4, "token_budget": 32768},
 }
 ASSUMED = {"card": "H100 SXM", "card_gb": 80, "peak_tflops": 989, "bandwidth_tbs": 3.35, "utilisation": 0.4,
-           "decode_efficiency": 0.4, "decode_overhead_ms": 8, "max_seqs": 256, "prompt_tokens": 150, "teacher_queries": 100000,
-           "teacher_traces": 300000, "teacher_tokens": 11000, "self_tokens": 7000, "wrong_share": 0.4, "rlvr_problems": 10000,
-           "rlvr_tokens": 11000, "eval_tokens": 12000}
+           "decode_efficiency": 0.4, "decode_overhead_ms": 8, "max_seqs": 256, "prompt_tokens": 150,
+           "teacher_queries": 100000, "teacher_traces": 300000, "teacher_tokens": 11000, "self_tokens": 7000,
+           "wrong_share": 0.4, "rlvr_problems": 10000, "rlvr_tokens": 11000, "eval_tokens": 12000}
 PROBLEMS = {"aime24": 30, "aime25": 30, "brumo25": 30, "cmimc25": 40, "hmmt25": 30, "minerva": 272, "math500": 500}
 SECTION = {"03_train_oxa.py": "train", "04_rlvr.py": "rlvr", "05_eval.py": "eval", "model": "sample"}
 
@@ -130,7 +130,8 @@ def find_model(name):
         if config.is_file():
             c = json.loads(config.read_text())
             return Model(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["num_key_value_heads"],
-                         c["intermediate_size"], c["vocab_size"], c.get("tie_word_embeddings", False), c.get("head_dim") or 0)
+                         c["intermediate_size"], c["vocab_size"], c.get("tie_word_embeddings", False),
+                         c.get("head_dim") or 0)
     return KNOWN.get(Path(name).name)
 
 
@@ -149,7 +150,7 @@ class Cost:
 class Planner:
     """Costs of the commands of one recipe. `cards`: over all nodes."""
 
-    def __init__(self, recipe, cards, base=None):
+    def __init__(self, recipe, cards):
         run = recipe.get("run", {})
         self.recipe, self.cards = recipe, max(1, cards)
         self.p = {**ASSUMED, **recipe.get("plan", {})}
@@ -157,7 +158,7 @@ class Planner:
         if unknown:
             die(f"[plan]: unknown keys {sorted(unknown)}; known: {', '.join(sorted(ASSUMED))}")
         self.toy = run.get("world", "none") != "none"
-        self.base_name = base or (f"toy/{run['world_base']}" if self.toy else run.get("base_model", "Qwen2.5-Math-1.5B"))
+        self.base_name = f"toy/{run['world_base']}" if self.toy else run.get("base_model", "Qwen2.5-Math-1.5B")
         self.base = find_model(self.base_name)
         if self.base is None:
             die(f"the sizes of {self.base_name} are not known; known: {', '.join(KNOWN)}, or a local directory")
@@ -172,8 +173,8 @@ class Planner:
     def decode(self, model, n, length, longest, memory):
         """Seconds to draw n responses of mean `length` on all cards, with `memory` bytes of KV cache on each.
 
-        A step of decoding reads the weights once and every running sequence's keys and values; there are as many steps as the
-        longest response has tokens, or as the sequences need that do not fit side by side.
+        A step of decoding reads the weights once and every running sequence's keys and values; there are as many steps
+        as the longest response has tokens, or as the sequences need that do not fit side by side.
         """
         context = self.p["prompt_tokens"] + SPREAD * length / 2
         here = n / self.cards
@@ -211,7 +212,8 @@ class Planner:
 
     def engine_memory(self, model, share):
         card = share * self.p["card_gb"] * GB
-        return {"vLLM weights": 2 * model.n_params, "KV cache": max(0, card - 2 * model.n_params - 3 * GB), "vLLM work": 3 * GB}
+        rest = max(0, card - 2 * model.n_params - 3 * GB)
+        return {"vLLM weights": 2 * model.n_params, "KV cache": rest, "vLLM work": 3 * GB}
 
     def checkpoint(self, model, n_states):
         """Bytes of `n_states` checkpoints with optimizer state and the final weights, all float32."""
@@ -256,11 +258,13 @@ class Planner:
         return Cost(tokens, 0, None, tokens * TEXT_BYTES, (f"{s['n_ce']:,} + {n_ul:,} examples",))
 
     def train(self, s, model):
-        arm = next((a for a in ("sft_lp", "oxa_mle", "oxa_full", "sft") if a in Path(str(s.get("data", ""))).parts), "oxa_full")
+        parts = Path(str(s.get("data", ""))).parts
+        arm = next((a for a in ("sft_lp", "oxa_mle", "oxa_full", "sft") if a in parts), "oxa_full")
         chosen = self.settings("select")
         steps = chosen["n_ce"] // s["ce_per_step"] * s["epochs"]
         ce, ul = steps * s["ce_per_step"], steps * s["ul_per_step"] if arm == "oxa_full" else 0
-        lengths = [(ce, self.p["prompt_tokens"] + self.p["teacher_tokens"]), (ul, self.p["prompt_tokens"] + self.p["self_tokens"])]
+        prompt = self.p["prompt_tokens"]
+        lengths = [(ce, prompt + self.p["teacher_tokens"]), (ul, prompt + self.p["self_tokens"])]
         tokens = sum(n * length for n, length in lengths)
         seconds = sum(self.update(model, n * length, length, s["gradient_checkpointing"]) for n, length in lengths)
         notes = (f"{steps:,} steps of {s['ce_per_step']}" + (f" + {s['ul_per_step']}" if ul else "") + " sequences",)
@@ -286,21 +290,24 @@ class Planner:
         if s["kl_coef"]:
             memory["reference"] = model.frozen_bytes()
         engine = self.engine_memory(model, s["gpu_memory"])
-        notes = [f"{steps:,} steps of {n} rollouts; {draw + rest:.0f} s a step: {draw:.0f} drawing, {rest:.0f} training"]
+        notes = [f"{steps:,} steps of {n} rollouts; {draw + rest:.0f} s a step: {draw:.0f} drawing, "
+                 f"{rest:.0f} training"]
         if s["sleep"]:
             while_drawing = sum(engine.values()) + sum(memory.get(k, 0) for k in ("weights", "optimizer", "reference"))
-            notes.append(f"vLLM sleeps while the trainer works; while it draws, {while_drawing / GB:.1f} GB of a card are used")
+            notes.append(f"vLLM sleeps while the trainer works; while it draws, {while_drawing / GB:.1f} GB are used")
         else:
             memory |= engine
         if steps < whole:
             days = whole * (draw + rest) / 86400
-            notes.append(f"the whole {whole:,} steps of the paper would take {days:.0f} days (about {max(1, round(days / 7))} "
-                         f"week{'s' if round(days / 7) > 1 else ''}) on these cards, for each arm; this recipe stops after {steps:,}")
+            weeks = f"about {round(days / 7)} weeks" if days > 10 else f"{days / 7:.1f} weeks"
+            notes.append(f"the whole {whole:,} steps of the paper would take {days:.0f} days ({weeks}) on these cards, "
+                         f"for each arm; this recipe stops after {steps:,}")
         return Cost(steps * n * length, steps * (draw + rest), memory, self.checkpoint(model, s["keep"]), tuple(notes))
 
     def eval(self, s, model):
         paths = s.get("problems") or []
-        names = [Path(path).name.removesuffix(".jsonl") for path in paths] or list(self.recipe.get("run", {}).get("benchmarks", {}))
+        names = [Path(path).name.removesuffix(".jsonl") for path in paths]
+        names = names or list(self.recipe.get("run", {}).get("benchmarks", {}))
         n_of = dict(pair.split("=") for pair in s["n_of"])
         per_problem = {name: int(n_of.get(name, s["n"])) for name in names}
         counts = {name: PROBLEMS.get(name, 160) for name in names}
@@ -339,8 +346,10 @@ def read_command(words, planner):
         if word.startswith("--"):
             key = word[2:].replace("-", "_")
             given[key] = True
+        elif given[key] is True:
+            given[key] = word
         else:
-            given[key] = word if given[key] is True else [*([given[key]] if isinstance(given[key], str) else given[key]), word]
+            given[key] = [*(given[key] if isinstance(given[key], list) else [given[key]]), word]
     settings = planner.settings(section)
     for key, value in given.items():
         number = isinstance(settings.get(key), (int, float)) and isinstance(value, str)
@@ -359,7 +368,8 @@ def human(x):
 def describe(cost, planner):
     """Lines under a command."""
     p, lines = planner.p, []
-    head = [f"{human(cost.tokens).replace('G', 'billion').replace('M', 'million').strip()} tokens"] if cost.tokens else []
+    tokens = human(cost.tokens).replace("G", "billion").replace("M", "million").strip()
+    head = [f"{tokens} tokens"] if cost.tokens else []
     if cost.seconds and not planner.toy:
         head.append(f"{cost.seconds / 3600:.1f} h on {planner.cards} x {p['card']}")
     if cost.disk:
@@ -388,12 +398,14 @@ def show(recipe_path, recipe, commands, cards):
             hours[section] = hours.get(section, 0) + cost.seconds / 3600
             disk += cost.disk
             print("\n".join(describe(cost, planner)))
+    whole = sum(hours.values())
     print(f"\nIn all: disk {human(disk)}B" + ("; minutes on a CPU, see docs/LOG.md" if planner.toy else
-          f", {sum(hours.values()):.3g} h on {planner.cards} cards = {sum(hours.values()) * planner.cards:,.0f} card hours ("
+          f", {whole:.3g} h on {planner.cards} cards = {whole * planner.cards:,.0f} card hours ("
           + ", ".join(f"{name} {h:.2g} h" for name, h in hours.items() if h) + ")"))
     if not planner.toy:
-        print(f"Reckoned for {p['card']}: {p['peak_tflops']} TFLOP/s peak, {p['utilisation']:.0%} of it used in training and scoring; "
-              f"{p['bandwidth_tbs']} TB/s, {p['decode_efficiency']:.0%} used in decoding.\nAssumed (recipe, [plan]): "
+        print(f"Reckoned for {p['card']}: {p['peak_tflops']} TFLOP/s peak, {p['utilisation']:.0%} of it used in training "
+              f"and scoring; {p['bandwidth_tbs']} TB/s, {p['decode_efficiency']:.0%} of it used in decoding."
+              "\nAssumed (recipe, [plan]): "
               + ", ".join(f"{k} {v}" for k, v in p.items() if k not in ("card", "peak_tflops", "bandwidth_tbs")))
     lacking = missing(recipe, disk, planner)
     print("Missing here: " + "; ".join(lacking) if lacking else "Nothing is missing here.")
@@ -425,8 +437,9 @@ def online():
 
 def is_here(name, kind):
     """A local path, or a hub id in the cache."""
-    home = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")) / "hub")
-    return Path(name).exists() or (home / f"{kind}--{name.replace('/', '--')}").is_dir()
+    home = os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return Path(name).exists() or (cache / f"{kind}--{name.replace('/', '--')}").is_dir()
 
 
 def missing(recipe, disk=0, planner=None):
@@ -488,7 +501,8 @@ def explain(section, args):
     planner = Planner(recipe, total_cards(recipe))
     if section not in DEFAULTS:
         return print(f"[{section}] costs nothing worth a plan")
-    cost = planner.cost(section, {**planner.settings(section), **{k: v for k, v in vars(args).items() if v is not None}})
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    cost = planner.cost(section, {**planner.settings(section), **given})
     print(f"[{section}] on {planner.cards} cards:")
     print("\n".join(describe(cost, planner)) if cost and (cost.tokens or cost.disk) else "      nothing to reckon")
 
@@ -496,7 +510,7 @@ def explain(section, args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="TOML file")
-    parser.add_argument("--check", action="store_true", help="only say what is missing here; exit code 2 if anything is")
+    parser.add_argument("--check", action="store_true", help="only say what is missing here; exit code 2 if so")
     parser.add_argument("--shell", action="store_true", help="print [run] as bash assignments, for run_all.sh")
     parser.add_argument("--nodes", type=int, help="nodes of the recipe's cards (default: NNODES, else 1)")
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ import engines
 import plan
 
 SCRIPTS = {"01_sample": "main", "02_verify_score": "main", "03_train_oxa": "config", "04_rlvr": "config",
-           "05_eval": "parse"}
+           "05_eval": "parse", "report": "parse"}                # and the function that makes its parser
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
 TINY = {"tied": {}, "untied": {"tie": False}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
                                                        "hidden_size": 128}}
@@ -214,8 +214,8 @@ def test_recipe_keys_are_flags_of_their_script(name, sections, monkeypatch):
             continue
         assert section in sections, f"no script reads [{section}]"
         script, command, parser = sections[section]
-        needed = [w for a in parser._actions if a.required and a.dest not in values
-                  for w in (a.option_strings[-1], a.choices[0] if a.choices else "x")]
+        needed = [a for a in parser._actions if a.required and a.dest not in values]
+        needed = [w for a in needed for w in (*a.option_strings[-1:], a.choices[0] if a.choices else "x")]
         argv = [*([command] if command else []), "--recipe", f"recipes/{name}", *needed]
         args = {}
         real = common.parse_args
