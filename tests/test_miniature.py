@@ -80,7 +80,7 @@ def test_miniature_of_the_papers_recipe(tmp_path):
     recipe = tmp_path / "mini.toml"
     recipe.write_text(miniature((ROOT / "recipes/paper_1.5b.toml").read_text(), tmp_path))
     env = {**os.environ, "RUNS": str(tmp_path / "runs"), "NPROC": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", ROOT / "run_all.sh", recipe], capture_output=True, text=True, env=env, timeout=1500)
+    done = subprocess.run(["bash", ROOT / "run_all.sh", recipe], capture_output=True, text=True, env=env, timeout=2400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     run = tmp_path / "runs/mini"
     data, arm = run / "data", run / "seed-42/oxa_full"
