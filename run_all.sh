@@ -67,8 +67,9 @@ step() {
   fi
   echo "+ $*"
   mkdir -p "$(dirname "$mark")"
-  if [ "$side_by_side" = 1 ]; then "$@" 2>&1 | tee "$run/logs/$name.log"
-  else "$@" > "$run/logs/$name.log" 2>&1; fi || {
+  if [ "$side_by_side" = 1 ]; then "$@" > >(tee "$run/logs/$name.log") 2>&1 &
+  else "$@" > "$run/logs/$name.log" 2>&1 & fi
+  wait $! || {                                       # in the background and waited for, so that a signal is acted on at once
     local code=$?
     tail -n 20 "$run/logs/$name.log" >&2
     grep -E '(^|\]:)error: ' "$run/logs/$name.log" | head -n 3 >&2 || true    # a rank's own message, above torchrun's summary
@@ -79,20 +80,18 @@ step() {
   echo "  done: $name, $((SECONDS - begin)) s"
 }
 
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+fail() { trap - INT TERM; kill $(jobs -p) 2>/dev/null; wait; exit "$1"; }     # our own children, which save and leave; nobody else's
+trap 'fail 130' INT TERM
 pids=()
 spawn() {                                            # at most side_by_side at once; the first failure ends the run
-  while [ "$(jobs -rp | wc -l)" -ge "$side_by_side" ]; do wait -n || exit $?; done
-  "$@" & pids+=($!)
+  while [ "$(jobs -rp | wc -l)" -ge "$side_by_side" ]; do wait -n || fail $?; done
+  (trap 'fail 130' INT TERM; "$@") & pids+=($!)
 }
-join() { for pid in "${pids[@]}"; do wait "$pid" || exit $?; done; pids=(); }
+join() { for pid in "${pids[@]}"; do wait "$pid" || fail $?; done; pids=(); }
 
 grade_and_score() {                                  # DATA NAME [score flags]
   step "$s/verify-$2" python 02_verify_score.py verify --recipe "$recipe" --samples "$1/$2.jsonl" --problems "$1/problems.jsonl" --out "$1/$2.verified.jsonl"
   step "$s/score-$2" "${ranks[@]}" 02_verify_score.py score --recipe "$recipe" --samples "$1/$2.verified.jsonl" --model "$base" --out "$1/$2.scored.jsonl" "${@:3}"
-}
-teacher() {
-  grade_and_score "$1" teacher
 }
 self() {
   step "$s/sample-self" "${ranks[@]}" 01_sample.py model --recipe "$recipe" --model "${self_model:-$base}" --problems "$1/problems.jsonl" --out "$1/self.jsonl" --seed "$seed"
@@ -138,7 +137,7 @@ for ((i = 0; i < seeds; i++)); do
     step problems-rlvr python 01_sample.py problems --recipe "$recipe" --source "$rlvr_source" --out "$data/rlvr.jsonl" --benchmarks "${tests[@]}"
   fi
   # 2 verify and score; the base's own wrong answers
-  spawn teacher "$data"; spawn self "$data"; join
+  spawn grade_and_score "$data" teacher; spawn self "$data"; join
   # 3 to 5 the arms
   spawn evaluate "$base" "$run/$s/base/eval"
   for a in "${arms[@]}"; do spawn arm "$a"; done
