@@ -474,10 +474,11 @@ def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeyp
         monkeypatch.setattr(rlvr, "give_rewards", give_shuffled_rewards)
     model, problems = two_minded
     rows = run(model, problems, tmp_path / "out", "--prompts-per-step", "8", "--rollouts", "8", "--max-response-tokens", "30",
-               "--lr", "1e-3", "--max-steps", "10", "--temperature", "1")
+               "--lr", "1e-3", "--max-steps", "10", "--temperature", "1", "--eval-every", "10", "--eval-problems", str(problems))
     before, after = rows[0]["reward"], sum(row["reward"] for row in rows[-3:]) / 3
     assert 0.1 < before < 0.5, "the model is to be of two minds"
     assert after < before + 0.2 if shuffled else after > before + 0.4, [round(row["reward"], 2) for row in rows]
+    assert "eval_pass1" not in rows[0] and abs(rows[-1]["eval_pass1"] - after) < 0.25, "the small Pass@1 is of the same model"
 
 
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, tiny_model_dir, problems):
