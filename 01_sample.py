@@ -174,10 +174,8 @@ def teacher(args):
 
 def model_samples(args):
     """`--n` samples of every problem, split over the ranks of torchrun; a restart draws only what is missing."""
-    dist = common.init_distributed()
+    dist = common.init_distributed(patience_hours=24)       # a rank may draw for hours after another is done
     tokenizer = common.load_tokenizer(args.model, any_markup=True)
-    common.check_positions(common.load_config(args.model), args.max_prompt_tokens + args.max_tokens,
-                           "--max-prompt-tokens + --max-tokens")
     out = Path(args.out)
     prompts, too_long = {}, 0
     for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}):
@@ -190,6 +188,8 @@ def model_samples(args):
             prompts[row["pid"]] = prompt
     if not prompts:
         common.die(f"{args.problems}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
+    longest = max(map(len, prompts.values())) + args.max_tokens
+    common.check_positions(common.load_config(args.model), longest, "the longest prompt with --max-tokens")
     keys = {f"{pid}:{args.name}:{k}": (pid, k) for pid in prompts for k in range(args.n)}
     parts = lambda: [out, *sorted(out.parent.glob(f"{out.stem}.rank*.jsonl"))]   # rank 0 writes `out` itself
     if dist.rank == 0:
@@ -202,18 +202,18 @@ def model_samples(args):
     common.barrier()                                            # all have read before anyone writes
     mine = [sid for sid in keys if sid not in done][dist.rank::dist.world]
     own = out if dist.rank == 0 else out.with_name(f"{out.stem}.rank{dist.rank}.jsonl")
-    n_failed = draw(args, dist, tokenizer, {sid: keys[sid] for sid in mine}, prompts, own) if mine else 0
+    n_failed = draw(args, dist, tokenizer, {sid: keys[sid] for sid in mine}, prompts, longest, own) if mine else 0
     n_failed = int(common.all_reduce_sum(torch.tensor(n_failed, device=dist.device)))
     if dist.rank == 0:
         merge(args, keys, parts(), n_failed=n_failed, n_prompts_too_long=too_long)
     common.barrier()
 
 
-def draw(args, dist, tokenizer, mine, prompts, path):
+def draw(args, dist, tokenizer, mine, prompts, longest, path):
     """Generate the requests `mine` (sid -> (pid, k)) and append their rows. -> how many failed."""
     name, n_failed, sids = args.name, 0, list(mine)
-    engine = make_engine(args.engine, args.model, args.max_prompt_tokens + args.max_tokens, device=dist.device,
-                                gpu_memory=args.gpu_memory, kv_cache_gb=args.kv_cache_gb)
+    engine = make_engine(args.engine, args.model, longest, device=dist.device, gpu_memory=args.gpu_memory,
+                         kv_cache_gb=args.kv_cache_gb)
     # The `<think>` with which some templates open the answer belongs to the response.
     opened = tokenizer.decode(next(iter(prompts.values()))).rstrip().endswith("<think>")
     seeds = [common.request_seed(args.seed, pid, k) for pid, k in mine.values()]
