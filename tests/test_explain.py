@@ -39,8 +39,8 @@ def write_eval(folder, shares, right, problems, tokenizer, shift=0.0):
                 written[style] += 1                                       # exactly `right` of a style's are right
                 fine = int(written[style] * (right[style] - shift)) > int((written[style] - 1) * (right[style] - shift))
                 response = world.trace(rng, style, problem, wrong=not fine)
-                rows.append({"pid": f"{b}-{i}", "k": k, "response": response, "correct": fine,
-                             "ids": c.encode_response(tokenizer, response)})
+                ids = {"ids": c.encode_response(tokenizer, response)} if k < 4 else {}    # 05 keeps those of a few
+                rows.append({"pid": f"{b}-{i}", "k": k, "response": response, "correct": fine, **ids})
         write_rows(folder / f"{b}.jsonl", rows)
         write_rows(folder / f"{b}.problems.jsonl", [
             {"pid": f"{b}-{i}", "n": N, "n_correct": sum(row["correct"] for row in rows[i * N:(i + 1) * N]),
@@ -181,8 +181,11 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     assert all((run / "report" / "figures" / Path(f["file"]).name).exists() for f in figures)
 
 
-def test_one_seed_and_no_ablations(tmp_path, model):
+def test_one_seed_and_no_ablations(tmp_path, model, capsys):
     run = write_run(tmp_path / "toy", model, seeds=(3,), ablations=False)
+    with pytest.raises(SystemExit):
+        explain.main([str(run), "--base", str(model), "--entropy-samples", "5"])
+    assert "lower --entropy-samples" in capsys.readouterr().err
     explain.main([str(run), "--base", str(model)])
     sections = json.loads((run / "explain.json").read_text())
     assert not any("to" in row[2] for row in sections[0]["rows"])      # one seed has no range

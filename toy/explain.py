@@ -235,8 +235,11 @@ def measure_entropies(run, base, n_samples):
                 if not Path(where).exists():
                     c.die(f"{where} does not exist: entropy is measured with the model that wrote the responses")
                 problems = {row["pid"]: row["problem"] for row in c.read_jsonl(folder / "data" / f"{b}.jsonl")}
-                rows = c.read_jsonl(folder / arm / evaluation / f"{b}.jsonl", {"k": int, "ids": list})
-                samples = [(problems[row["pid"]], row["ids"]) for row in rows if row["k"] < n_samples]
+                path = folder / arm / evaluation / f"{b}.jsonl"
+                rows = [row for row in c.read_jsonl(path, {"k": int}) if row["k"] < n_samples]
+                if not all("ids" in row for row in rows):
+                    c.die(f"{path} keeps the tokens of fewer than {n_samples} samples a problem: lower --entropy-samples")
+                samples = [(problems[row["pid"]], row["ids"]) for row in rows]
                 each.append(entropy_by_kind(c.load_model(where), c.load_tokenizer(where), samples))
             found.setdefault((arm, when), {})[b] = np.array(each)
             print(f"entropy: {name_of(arm, when)}, {b}, {len(each)} seeds", flush=True)

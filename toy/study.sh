@@ -57,9 +57,9 @@ main() { say bash run_all.sh toy --seeds "$seeds"; }
 contrast() { say bash run_all.sh toy_easy --seeds 2; }
 ablations() {
   local value pid
-  for value in 1e-3 1e-2 1e-1; do spawn ablation ul_weight "$value" oxa_full; done
   for value in 0.3 0.5 0.7 0.9; do spawn ablation mu_quantile "$value" oxa_mle; done
   for value in 2 6; do spawn ablation cap "$value" oxa_mle; done
+  for value in 1e-3 1e-2 1e-1; do spawn ablation ul_weight "$value" oxa_full; done
   for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 }
 explain() { say python toy/explain.py "$run" --contrast "$easy"; }
