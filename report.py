@@ -37,13 +37,13 @@ import common as c
 
 SMALLEST_EFFECT = 0.01
 MAIN_ARMS, REFERENCE, CONTROLS = ("oxa_full", "oxa_mle"), "sft", ("length_matched", "longest")
-# claim: (what is claimed, measure, evaluated before or after RLVR)
+# claim: its parts, each (what is claimed, measure, evaluated before or after RLVR)
 CLAIMS = {
-    "C1": ("Pass@1 up", 1, "before"),
-    "C2": ("Pass@k up", "k", "before"),
-    "C3": ("initial policy entropy up (nats)", "entropy", "before"),
-    "C4, Pass@1": ("Pass@1 still up after RLVR", 1, "after"),
-    "C4, Pass@k": ("Pass@k still up after RLVR", "k", "after"),
+    "C1": {"": ("Pass@1 up", 1, "before")},
+    "C2": {"": ("Pass@k up", "k", "before")},
+    "C3": {"": ("initial policy entropy up (nats)", "entropy", "before")},
+    "C4": {"Pass@1": ("Pass@1 still up after RLVR", 1, "after"),
+           "Pass@k": ("Pass@k still up after RLVR", "k", "after")},
 }
 # colour (Okabe-Ito, told apart by colour-blind readers), marker and line of each arm, the same in every figure
 STYLES = {
@@ -112,13 +112,14 @@ def read_metrics(path):
 
 
 def scores(row, what, k=0):
-    """One row of a problem table -> [K] numbers: Pass@k ("k": at `k`, else at n), the whole curve, entropy, tokens."""
+    """One row of a problem table -> [K] numbers. `what`: k of Pass@k (a number, "n", or "k": `k` if given, else n),
+    "curve" (all k), "entropy", "mean_tokens"."""
     n, n_correct = row["n"], row["n_correct"]
     if what == "curve":
         return c.pass_curve(n, n_correct)
     if what in ("entropy", "mean_tokens"):
         return [row[what]]
-    return [c.pass_at_k(n, n_correct, (k or n) if what == "k" else what)]
+    return [c.pass_at_k(n, n_correct, {"k": k or n, "n": n}.get(what, what))]
 
 
 def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0):
@@ -159,24 +160,38 @@ def verdict(effect):
     return "reproduced" if effect["low"] > 0 else "undecided"
 
 
-def both(first, second):
-    if "not reproduced" in (first, second):
+def all_of(verdicts):
+    """Of a claim with several parts."""
+    if "not reproduced" in verdicts:
         return "not reproduced"
-    return "reproduced" if first == second == "reproduced" else "undecided"
+    return "reproduced" if set(verdicts) == {"reproduced"} else "undecided"
 
 
 def judge_claims(run, arm, reference, k):
-    """-> {claim: {claim, value, low, high, seeds, n_problems, verdict, benchmarks: {name: effect}}}, C4 also whole."""
+    """-> {claim: effect, with what is claimed, verdict, benchmarks: {name: effect}, and at_n, the same at k = n}.
+
+    A claim of several parts has {verdict, parts: {part: effect}}. What cannot be judged is left out.
+    """
     found = {}
-    for name, (text, what, when) in CLAIMS.items():
-        effect = estimate(run, what, arm, reference, when, k=k)
-        if effect:
-            each = {b: estimate(run, what, arm, reference, when, [b], k) for b in effect["benchmarks"]}
-            found[name] = effect | {"claim": text, "verdict": verdict(effect), "benchmarks": each}
-    if {"C4, Pass@1", "C4, Pass@k"} <= set(found):
-        found["C4"] = {"claim": "C1 and C2 still hold after RLVR",
-                       "verdict": both(found["C4, Pass@1"]["verdict"], found["C4, Pass@k"]["verdict"])}
+    for name, parts in CLAIMS.items():
+        judged = {}
+        for part, (text, what, when) in parts.items():
+            effect = estimate(run, what, arm, reference, when, k=k)
+            if effect:
+                judged[part] = effect | {
+                    "claim": text, "verdict": verdict(effect),
+                    "benchmarks": {b: estimate(run, what, arm, reference, when, [b], k) for b in effect["benchmarks"]},
+                    "at_n": estimate(run, "n", arm, reference, when) if what == "k" else None}
+        if len(judged) == len(parts):
+            found[name] = judged[""] if "" in judged else {
+                "verdict": all_of([effect["verdict"] for effect in judged.values()]), "parts": judged}
     return found
+
+
+def effects(found):
+    """The claims part by part: [(name, effect)]."""
+    return [(f"{name} {part}".strip(), effect) for name, claim in found.items()
+            for part, effect in claim.get("parts", {"": claim}).items()]
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
@@ -203,29 +218,31 @@ def named(text, label):
     return text.replace("Pass@k", label)
 
 
-def claims_table(claims, label):
-    """`claims`: {(arm, reference): judge_claims(...)}"""
-    rows = []
+def claims_table(claims, labels):
+    """`claims`: {(arm, reference): judge_claims(...)}; `labels`: what Pass@k and Pass@n are called."""
+    rows, (label, label_n) = [], labels
     for (arm, reference), found in claims.items():
-        for name in (*CLAIMS, "C4"):
-            if name in found:
-                e = found[name]
-                size = [number(e, sign=True), e["seeds"], e["n_problems"]] if "value" in e else ["both parts", "", ""]
-                rows.append([named(name, label), named(e["claim"], label), f"{arm} − {reference}", *size, e["verdict"]])
-    return table(["claim", "", "difference", "effect [95 %]", "seeds", "problems", "verdict"], rows)
+        for name, e in effects(found):
+            rows.append([named(name, label), named(e["claim"], label), f"{arm} − {reference}", number(e, sign=True),
+                         number(e["at_n"], sign=True), e["seeds"], e["n_problems"], e["verdict"]])
+        rows += [[name, "all parts", f"{arm} − {reference}", "", "", "", "", claim["verdict"]]
+                 for name, claim in found.items() if "parts" in claim]
+    head = ["claim", "", "difference", "effect [95 %]", f"beside: {label_n}", "seeds", "problems", "verdict"]
+    keep = [i for i in range(len(head)) if i != 4 or label != label_n]
+    return table([head[i] for i in keep], [[row[i] for i in keep] for row in rows])
 
 
 def benchmarks_table(claims, label):
     """The same effects on each benchmark alone."""
     rows = [[named(name, label), f"{arm} − {reference}", b, number(x, sign=True), x["n_problems"], verdict(x)]
-            for (arm, reference), found in claims.items() for name in CLAIMS if name in found
-            for b, x in found[name]["benchmarks"].items()]
+            for (arm, reference), found in claims.items() for name, e in effects(found)
+            for b, x in e["benchmarks"].items()]
     return table(["claim", "difference", "benchmark", "effect [95 %]", "problems", "by the same rule"], rows)
 
 
 def arm_summary(run, k):
     """{arm: {when: {benchmark or "average": {measure: {value, low, high}}}}}: what the tables are printed from."""
-    measured = {"pass_at_1": 1, "pass_at_k": "k", "entropy": "entropy", "mean_tokens": "mean_tokens"}
+    measured = {"pass_at_1": 1, "pass_at_k": "k", "pass_at_n": "n", "entropy": "entropy", "mean_tokens": "mean_tokens"}
     summary = {}
     for arm in run.arms:
         for when in WHEN:
@@ -251,29 +268,27 @@ def rates(run, arm, when, benchmarks):
     return {name: float(np.mean([r[name] for r in found])) for name in RATES}
 
 
-def samples_label(run, benchmark, k):
-    """"Pass@32": the k at which a benchmark's Pass@k is given."""
-    if k:
-        return f"Pass@{k}"
+def labels_of(run, k, benchmark=None):
+    """What Pass@k and Pass@n are called, on a benchmark or on all: ("Pass@8", "Pass@32")."""
     drawn = {r["benchmarks"][b]["n_samples"] for r, _ in run.evals.values() for b in r["benchmarks"]
-             if benchmark in (b, "average")}
-    return f"Pass@{drawn.pop()}" if len(drawn) == 1 else "Pass@n"
+             if benchmark in (b, None)}
+    label_n = f"Pass@{drawn.pop()}" if len(drawn) == 1 else "Pass@n"
+    return f"Pass@{k}" if k else label_n, label_n
 
 
-def arms_table(run, summary, benchmark, k):
-    """Arms by measures on one benchmark (or "average"), before and after RLVR."""
-    label = samples_label(run, benchmark, k)
+def arms_table(run, summary, k, benchmark=None):
+    """Arms by measures on one benchmark (or on average), before and after RLVR."""
+    label, label_n = labels_of(run, k, benchmark)
+    columns = {"Pass@1": "pass_at_1", label: "pass_at_k", label_n: "pass_at_n", "entropy, nats": "entropy"}
     after = any("after" in found for found in summary.values())
-    head = ["arm", "Pass@1", label, "entropy, nats", "tokens"]
-    head += [f"{name} after RLVR" for name in ("Pass@1", label, "entropy")] if after else []
     rows = []
     for arm, found in summary.items():
-        now, later = (found.get(when, {}).get(benchmark, {}) for when in WHEN)
-        cells, later_cells = ([number(m.get(name)) for name in ("pass_at_1", "pass_at_k", "entropy")]
-                              for m in (now, later))
+        where = benchmark or ("average" if len(run.benchmarks) > 1 else run.benchmarks[0])
+        now, later = (found.get(when, {}).get(where, {}) for when in WHEN)
+        cells, later_cells = ([number(m.get(name)) for name in columns.values()] for m in (now, later))
         tokens = f"{now['mean_tokens']['value']:.0f}" if now else "–"
         rows.append([arm, *cells, tokens, *(later_cells if after else [])])
-    return table(head, rows)
+    return table(["arm", *columns, "tokens", *(f"{name} after RLVR" for name in columns if after)], rows)
 
 
 def rates_table(summary):
@@ -430,20 +445,21 @@ def figure_claims(worlds, label, out):
     """
     figure, axes = panels(2 * len(worlds), 2, height=3.2)
     for (title, run, claims), (left, right) in zip(worlds, zip(axes[::2], axes[1::2])):
-        for ax, names in ((left, [n for n in CLAIMS if n != "C3"]), (right, ["C3"])):
-            names = [n for n in names if any(n in found for found in claims.values())]
+        for ax, of_entropy in ((left, False), (right, True)):
+            names = list(dict.fromkeys(n for found in claims.values() for n, _ in effects(found)))
+            names = [n for n in sorted(names) if (n == "C3") == of_entropy]
             for i, (pair, found) in enumerate(claims.items()):
                 arm, reference = pair
                 color = style(arm if reference == REFERENCE else reference, run)["color"]
                 offset = (i - (len(claims) - 1) / 2) * 0.8 / max(len(claims), 1)
-                for row, name in enumerate(names):
-                    if name in found:
-                        e, inside = found[name], color if reference == REFERENCE else "white"
+                for name, e in effects(found):
+                    if name in names:
+                        inside, row = color if reference == REFERENCE else "white", names.index(name)
                         ax.errorbar(e["value"], row + offset, xerr=[[e["value"] - e["low"]], [e["high"] - e["value"]]],
                                     color=color, marker=style(arm, run)["marker"], markerfacecolor=inside, markersize=5,
                                     linewidth=1.5, capsize=2.5, linestyle="none", label=f"{arm} − {reference}")
             ax.axvline(0, color="black", linewidth=0.9)
-            ax.set_yticks(range(len(names)), [named(n.replace(",", ""), label) + {
+            ax.set_yticks(range(len(names)), [named(n, label) + {
                 "C1": " Pass@1", "C2": f" {label}", "C3": " entropy"}.get(n, "\nafter RLVR") for n in names])
             ax.set_ylim(len(names) - 0.4, -0.6)
             ax.grid(axis="y", visible=False)
@@ -604,14 +620,16 @@ def first_paragraph(run, claims):
         return "No claim can be judged: `sft` and an `oxa` arm are needed, evaluated on the same problems."
     names = [n for n in ("C1", "C2", "C3", "C4") if n in found]
     count = Counter(found[n]["verdict"] for n in names)
-    effect = lambda e: f" ({number(e, sign=True)})" if "value" in e else ""
-    n_seeds, n_problems = (found[names[0]][name] for name in ("seeds", "n_problems"))
+    shown = lambda claim: " and ".join(number(e, sign=True) for e in claim.get("parts", {"": claim}).values())
+    sizes = {(e["seeds"], e["n_problems"]): name for name, e in reversed(effects(found))}
+    size = ", ".join(f"{seeds} seed{'s' * (seeds > 1)} and {n} problems" + (f" ({name[:2]})" if len(sizes) > 1 else "")
+                     for (seeds, n), name in reversed(sizes.items()))
     text = (f"**{count['reproduced']} of {len(names)} claims reproduced** for `{arm}` over `{reference}`: "
-            + "; ".join(f"{n} {found[n]['verdict']}{effect(found[n])}" for n in names)
-            + f". {n_seeds} seed{'s' * (n_seeds > 1)}, {n_problems} problems ({', '.join(run.benchmarks)}).")
+            + "; ".join(f"{n} {found[n]['verdict']} ({shown(found[n])})" for n in names)
+            + f". {size}; sets: {', '.join(run.benchmarks)}.")
     if len(names) < 4:
         text += " Not measured in this run: " + ", ".join(n for n in ("C1", "C2", "C3", "C4") if n not in found) + "."
-    if n_seeds == 1:
+    if any(seeds == 1 for seeds, _ in sizes):
         text += (" **One seed: intervals are over problems only**, and say nothing of how another training run would "
                  "have ended.")
     for (a, control), judged in claims.items():
@@ -623,13 +641,13 @@ def first_paragraph(run, claims):
 
 def contrast_table(worlds, label):
     """The main comparison in two worlds, side by side."""
+    found = [dict(effects(next(iter(claims.values()), {}))) for _, _, claims in worlds]
     rows = []
-    for name, (text, _, _) in CLAIMS.items():
-        cells = []
-        for _, _, claims in worlds:
-            e = next(iter(claims.values()), {}).get(name)
-            cells += [number(e, sign=True), e["verdict"]] if e else ["–", "–"]
-        rows.append([named(name, label), named(text, label), *cells])
+    for name in dict.fromkeys(name for world in found for name in world):
+        cells = [(number(world[name], sign=True), world[name]["verdict"]) if name in world else ("–", "–")
+                 for world in found]
+        text = next(world[name]["claim"] for world in found if name in world)
+        rows.append([named(name, label), named(text, label), *(x for pair in cells for x in pair)])
     return table(["claim", "", *(x for title, _, _ in worlds for x in (title, "verdict"))], rows)
 
 
@@ -675,7 +693,7 @@ def draw(run, worlds, label, out):
 
 def compose(run, worlds, summary, drawn, facts, hashes, k, price, out):
     """The text of REPORT.md, section by section; an empty part is left out."""
-    claims, label, one = worlds[0][2], samples_label(run, "average", k), len(run.benchmarks) == 1
+    claims, labels, one = worlds[0][2], labels_of(run, k), len(run.benchmarks) == 1
     image = lambda name, caption: f"![{caption}](figures/{name}.png)\n\n*{caption}*" if name in drawn else ""
     over_seeds = "means over seeds; the band spans the seeds" if len(run.seeds) > 1 else "one seed"
     against_sft, against_controls = ({pair: found for pair, found in claims.items() if (pair[1] == REFERENCE) == plain}
@@ -684,18 +702,18 @@ def compose(run, worlds, summary, drawn, facts, hashes, k, price, out):
     yield first_paragraph(run, claims)
     yield image("claims", f"Effects with 95 % intervals. Filled: against `{REFERENCE}`; hollow: against a control.")
     if against_sft:
-        yield from ("## Claims", claims_table(against_sft, label), verdict_rule())
+        yield from ("## Claims", claims_table(against_sft, labels), verdict_rule())
     if against_controls:
-        yield from ("### Against the controls", CONTROLS_TEXT, claims_table(against_controls, label))
+        yield from ("### Against the controls", CONTROLS_TEXT, claims_table(against_controls, labels))
     if claims and not one:
-        yield from ("### On each benchmark", benchmarks_table(claims, label))
+        yield from ("### On each benchmark", benchmarks_table(claims, labels[0]))
     if len(worlds) > 1:
-        yield from ("## Two worlds", contrast_table(worlds, label))
+        yield from ("## Two worlds", contrast_table(worlds, labels[0]))
     yield "## Arms"
     yield f"Means over seeds{'' if one else ' and benchmarks'}, with 95 % intervals over problems and seeds."
-    yield arms_table(run, summary, run.benchmarks[0] if one else "average", k)
+    yield arms_table(run, summary, k)
     for b in [] if one else run.benchmarks:
-        yield from (f"### {b} ({n_problems(run, b)} problems)", arms_table(run, summary, b, k))
+        yield from (f"### {b} ({n_problems(run, b)} problems)", arms_table(run, summary, k, b))
     yield image("pass_at_k", "Unbiased Pass@k for every k, with 95 % bands over problems and seeds.")
     if (run.path / "explain.json").exists():
         yield from ("## Why", *explanation(run, out))
@@ -730,10 +748,10 @@ def main(argv=None):
         claims = {pair: found for pair in pairs if (found := judge_claims(world, *pair, args.k))}
         worlds.append((world.path.resolve().name, world, claims))
     title, _, claims = worlds[0]
-    label, summary = samples_label(run, "average", args.k), arm_summary(run, args.k)
+    labels, summary = labels_of(run, args.k), arm_summary(run, args.k)
     facts, hashes = provenance(run)
 
-    drawn = draw(run, worlds, label, out / "figures")
+    drawn = draw(run, worlds, labels[0], out / "figures")
     parts = list(compose(run, worlds, summary, drawn, facts, hashes, args.k, args.card_hour_price, out))
     with c.replace_file(out / "REPORT.md") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
@@ -742,12 +760,11 @@ def main(argv=None):
     with c.replace_file(out / "summary.json") as file:
         json.dump({"schema": "summary", "schema_version": c.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
                    "benchmarks": {b: n_problems(run, b) for b in run.benchmarks}, "k": args.k or "n",
-                   "pass_at_k_label": label, "smallest_effect": SMALLEST_EFFECT, "claims": judged, "arms": summary,
-                   "provenance": facts, "inputs": hashes}, file, indent=1)
+                   "pass_at_k_label": labels[0], "pass_at_n_label": labels[1], "smallest_effect": SMALLEST_EFFECT,
+                   "claims": judged, "arms": summary, "provenance": facts, "inputs": hashes}, file, indent=1)
     main_claims = {pair: found for pair, found in claims.items() if pair[1] == REFERENCE}
-    print(arms_table(run, summary, run.benchmarks[0] if len(run.benchmarks) == 1 else "average", args.k),
-          claims_table(main_claims, label) if main_claims else "", first_paragraph(run, claims),
-          f"report: {out / 'REPORT.md'}", sep="\n\n")
+    print(arms_table(run, summary, args.k), claims_table(main_claims, labels) if main_claims else "",
+          first_paragraph(run, claims), f"report: {out / 'REPORT.md'}", sep="\n\n")
 
 
 if __name__ == "__main__":

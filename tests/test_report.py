@@ -123,8 +123,9 @@ def test_numbers_equal_independent_ones(run):
             assert shown["id"][name]["value"] == pytest.approx(each[0], abs=1e-12)
             assert shown["average"][name]["value"] == pytest.approx(sum(each) / 2, abs=1e-12)
     main = next(x for x in found["claims"] if (x["arm"], x["reference"]) == ("oxa_full", "sft"))["claims"]
+    main |= {f"C4 {part}": effect for part, effect in main["C4"]["parts"].items()}
     for claim, when, measure in (("C1", "eval", 1), ("C2", "eval", N), ("C3", "eval", "entropy"),
-                                 ("C4, Pass@1", "eval_rlvr", 1), ("C4, Pass@k", "eval_rlvr", N)):
+                                 ("C4 Pass@1", "eval_rlvr", 1), ("C4 Pass@k", "eval_rlvr", N)):
         gain = np.mean([independent(run, "oxa_full", when, measure, b) - independent(run, "sft", when, measure, b)
                         for b in ("id", "hard")])
         assert main[claim]["value"] == pytest.approx(gain, abs=1e-12)
@@ -139,7 +140,8 @@ def test_text_shows_the_summary(run):
     assert f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" in arms
     main = next(x for x in found["claims"] if (x["arm"], x["reference"]) == ("oxa_full", "sft"))["claims"]
     n_good = sum(main[name]["verdict"] == "reproduced" for name in ("C1", "C2", "C3", "C4"))
-    assert n_good >= 3 and f"**{n_good} of 4 claims reproduced**" in text and "2 seeds, 70 problems (id, hard)" in text
+    assert n_good >= 3 and f"**{n_good} of 4 claims reproduced**" in text
+    assert "2 seeds and 70 problems; sets: id, hard" in text
 
 
 def test_everything_the_text_shows_is_there(run):
@@ -177,10 +179,10 @@ def test_verdict_rule(low, high, expected):
     assert report.verdict({"low": low, "high": high}) == expected
 
 
-def test_both_parts_of_c4():
-    assert report.both("reproduced", "reproduced") == "reproduced"
-    assert report.both("reproduced", "undecided") == "undecided"
-    assert report.both("undecided", "not reproduced") == "not reproduced"
+def test_verdict_of_two_parts():
+    assert report.all_of(["reproduced", "reproduced"]) == "reproduced"
+    assert report.all_of(["reproduced", "undecided"]) == "undecided"
+    assert report.all_of(["undecided", "not reproduced"]) == "not reproduced"
 
 
 @pytest.mark.parametrize("arms, rlvr, seeds, entropy, sentence", [
@@ -217,7 +219,12 @@ def test_contrast_and_explanation(run, tmp_path):
     assert "## Two worlds" in text and "### Which strategies" in text and "| sft | 0.250" in text and "| cost" in text
     row = next(line for line in text.split("## Two worlds")[1].splitlines() if line.startswith("| C1"))
     assert "not reproduced" in row and "| reproduced" in row and "Pass@4" in text
-    assert {x["world"] for x in summary_of(tmp_path / "hard")["claims"]} == {"hard", "easy"}
+    found = summary_of(tmp_path / "hard")
+    assert {x["world"] for x in found["claims"]} == {"hard", "easy"}
+    assert (found["pass_at_k_label"], found["pass_at_n_label"]) == ("Pass@4", "Pass@8") and "beside: Pass@8" in text
+    shown = found["arms"]["sft"]["before"]["id"]
+    assert shown["pass_at_k"]["value"] == pytest.approx(independent(run, "sft", "eval", 4, "id"), abs=1e-12)
+    assert shown["pass_at_n"]["value"] == pytest.approx(independent(run, "sft", "eval", 8, "id"), abs=1e-12)
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
