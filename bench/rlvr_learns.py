@@ -78,7 +78,8 @@ def main():
         if not (data / "train.jsonl").exists():
             call("toy/world.py", "--out", data, "--seed", seed)
             traces(data, seed)
-        call("03_train_oxa.py", "--recipe", args.recipe, "--model", args.model, "--data", data / "train.jsonl", "--out", home / "sft", "--seed", seed)
+        if not (home / "sft" / "final").exists():
+            call("03_train_oxa.py", "--recipe", args.recipe, "--model", args.model, "--data", data / "train.jsonl", "--out", home / "sft", "--seed", seed)
         line = f"seed {seed}: sft {pass1(home / 'sft', data, home / 'eval_sft', args.recipe, args.n):.3f}"
         for name in ("rlvr", "shuffled")[:1 if args.no_control else 2]:
             start = time.time()
