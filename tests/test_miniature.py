@@ -103,7 +103,7 @@ def test_miniature_of_the_papers_recipe(tmp_path):
     assert len(steps) == 2 and all(row["sync_gap_mean"] < 1e-4 for row in steps)   # vLLM follows the trainer
     for name in ("eval", "eval_rlvr"):
         results = json.loads((arm / name / "results.json").read_text())["benchmarks"]
-        assert results["aime24"]["n"] == 4 and results["minerva"]["n"] == 2
+        assert results["aime24"]["n_samples"] == 4 and results["minerva"]["n_samples"] == 2
     ranks = [f for f in (run / "logs/ranks").rglob("std*.log")]
     assert {f.parent.name for f in ranks} == {"0", "1"}                              # a log for each rank
     again = subprocess.run(["bash", ROOT / "run_all.sh", recipe], capture_output=True, text=True, env=env, timeout=60)
