@@ -355,7 +355,7 @@ def main(argv=None):
     parser.add_argument("--probe-every", type=int, default=0, help="steps between short measurements; 0: none (default)")
     parser.add_argument("--gates-only", action="store_true", help="measure the base in --out, train nothing")
     args = parser.parse_args(argv)
-    tokenizer = build_tokenizer()
+    tokenizer = common.load_tokenizer(args.out) if args.gates_only else build_tokenizer()
     record_path = Path(args.out) / "make_base.json"
     if args.gates_only:
         record = json.loads(record_path.read_text()) if record_path.exists() else {}
