@@ -76,7 +76,7 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
             if "reward" in logs:
                 rewards.append(logs["reward"])
 
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), args=config, train_dataset=data,
+    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(common.model_dir(args.model), dtype=torch.float32), args=config, train_dataset=data,
                           processing_class=tokenizer, reward_funcs=reward, callbacks=[Clock()])
 
     def timed(name, function):

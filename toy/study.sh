@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole toy study: the main run with controls, the contrast world, the ablations, what explains it, the report.
+# The whole toy study: the main run with controls, the ablations, what explains it, the report.
 #
 #     bash toy/study.sh [SEEDS [PART...]]      SEEDS of the main run, 5 without it
 #
-# Parts, in this order, all without any: main, contrast, ablations, explain, report.
+# Parts, in this order, all without any: main, ablations, explain, report.
 # Each command is printed before it runs; what has finished is not run again, what was stopped goes on where it stopped.
 # At most two processes side by side (ablations: SIDE_BY_SIDE), one thread each. Ablations, on the first seed, go to
 # runs/toy/ablations/NAME-VALUE; the value that the main run has is its own arm (ul_weight: oxa_full; mu and cap: oxa_mle) and
@@ -11,16 +11,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seeds="${1:-5}" parts=("${@:2}")
-[ ${#parts[@]} -gt 0 ] || parts=(main contrast ablations explain report)
+[ ${#parts[@]} -gt 0 ] || parts=(main ablations explain report)
 [[ "$seeds" =~ ^[1-9][0-9]*$ ]] || { echo "error: SEEDS must be a number, not '$seeds'" >&2; exit 2; }
 for part in "${parts[@]}"; do
-  case $part in main|contrast|ablations|explain|report) ;; *) echo "error: no part '$part' (see the head of $0)" >&2; exit 2 ;; esac
+  case $part in main|ablations|explain|report) ;; *) echo "error: no part '$part' (see the head of $0)" >&2; exit 2 ;; esac
 done
 source ./setup.sh
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 recipe=recipes/toy.toml runs="${RUNS:-runs}"
-run="$runs/toy" easy="$runs/toy_easy" seed=0
+run="$runs/toy" seed=0
 s="$run/seed-$seed"
 
 say() { echo "+ $*"; "$@"; }
@@ -54,7 +54,6 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 pids=()
 
 main() { say bash run_all.sh toy --seeds "$seeds"; }
-contrast() { say bash run_all.sh toy_easy --seeds 2; }
 ablations() {
   local value pid
   for value in 0.3 0.5 0.7 0.9; do spawn ablation mu_quantile "$value" oxa_mle; done
@@ -62,7 +61,7 @@ ablations() {
   for value in 1e-3 1e-2 1e-1; do spawn ablation ul_weight "$value" oxa_full; done
   for pid in "${pids[@]}"; do wait "$pid" || exit $?; done
 }
-explain() { say python toy/explain.py "$run" --contrast "$easy"; }
-report() { say python report.py --recipe "$recipe" "$run" --contrast "$easy"; }
+explain() { say python toy/explain.py "$run"; }
+report() { say python report.py --recipe "$recipe" "$run"; }
 
 for part in "${parts[@]}"; do "$part"; done
