@@ -507,7 +507,7 @@ def figure_perplexity(run, out):
         ax.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=10)
         ax.text(0.995, 0.9, f"{counts.sum():,}", transform=ax.transAxes, ha="right", va="top", fontsize=8)
         ax.tick_params(labelbottom=ax is axes[-1])
-    axes[0].set_title(f"responses per {width[0]:.2g} of perplexity (at the right: how many lie in the range)", fontsize=10)
+    axes[0].set_title(f"responses per {width[0]:.2g} of perplexity (right: how many lie in the range)", fontsize=10)
     axes[-1].set_xlabel("perplexity of the response under the base model")
     return save(figure, out, "perplexity", axes[:1])
 
