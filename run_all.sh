@@ -143,6 +143,7 @@ for ((i = 0; i < seeds; i++)); do
   for a in "${arms[@]}"; do spawn arm "$a"; done
   join
 done
+rm -f "$run/logs/report.done"                        # a report is cheap, and the run may have grown
 step report python report.py --recipe "$recipe" "$run"
 }
 
