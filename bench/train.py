@@ -92,7 +92,7 @@ def run_trl(args, micro_batch: int, packing: bool):
     config = SFTConfig(output_dir=args.scratch + "/trl", use_cpu=True, bf16=False, fp16=False, per_device_train_batch_size=micro_batch,
                        gradient_accumulation_steps=accumulation, max_steps=args.steps, learning_rate=LR, weight_decay=0.1,
                        adam_beta2=0.95, lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
-                       disable_tqdm=True, gradient_checkpointing=False, packing=packing, max_length=512, seed=0,
+                       disable_tqdm=True, gradient_checkpointing=False, packing=packing, max_length=512, seed=0, completion_only_loss=True,
                        optim="adamw_torch_fused")
     marks, losses, counted = [], [], []
 
