@@ -393,7 +393,7 @@ def test_a_verifier_worker_killed_in_mid_step_costs_at_most_its_own_item():
     answers = {f"p{k}": f"\\sin(1) + \\frac{{{2 * k}}}{{14}} + \\sqrt{{{k + 2 + k % 2}}}" for k in range(600)}
     rollouts = [rlvr.Rollout(f"p{k}", 0, [1], [2], "stop", torch.zeros(1), text) for k, text in enumerate(texts)]
     rlvr.give_rewards(rollouts[:1], answers, configure())                  # a worker is up and waits
-    process = verifier.POOL.idle[0]
+    process = verifier.POOL.idle[-1]                                       # the one that is handed out first
     process.send_signal(signal.SIGSTOP)                                    # so that it is surely caught at work
     thread = threading.Thread(target=rlvr.give_rewards, args=(rollouts, answers, configure()))
     thread.start()
