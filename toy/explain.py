@@ -474,6 +474,15 @@ def strategies(run):
         yield section("Choice or execution", text, differences_table(found), [figure_differences(run, found)])
 
 
+def same_training_sets(run, name) -> str:
+    """A sentence on values that select the same rows, and so are one run; empty if there are none."""
+    values = {}
+    for path in sorted((run.path / "ablations").glob(f"{name}-*/train.jsonl")):
+        values.setdefault(c.sha256_file(path), []).append(path.parent.name.removeprefix(f"{name}-"))
+    return "".join(f" Values {' and '.join(same)} select the same training set: one point, not {len(same)}."
+                   for same in values.values() if len(same) > 1)
+
+
 def explain(args):
     """Yield the sections of explain.json."""
     run = load_run(args.run, args.world)
@@ -486,7 +495,8 @@ def explain(args):
         if found := load_ablation(run, name):
             seed, own, points = found
             yield section(f"Ablation: {label}",
-                          f"`{arm}`, seed {seed}, one flag changed; the run's own value is {own:g}.",
+                          f"`{arm}`, one flag changed; the run's own value is {own:g}. Seed {seed} only: other seeds may differ "
+                          f"a lot (docs/LOG.md).{same_training_sets(run, name)}",
                           ablation_table(points), [figure_ablation(run, name, seed, own, points)])
     if args.contrast:
         other = load_run(args.contrast, "easy-leap")
