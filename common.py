@@ -24,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -597,9 +598,16 @@ def init_distributed(patience_hours: float = 0.5) -> Dist:
         torch.cuda.set_device(local)
     if not torch_dist.is_initialized():
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=patience_hours))
-        # gloo's threads abort a process that exits with its group alive
-        atexit.register(lambda: torch_dist.is_initialized() and torch_dist.destroy_process_group())
+        atexit.register(end_distributed)
     return Dist(torch_dist.get_rank(), torch_dist.get_world_size(), f"cuda:{local}" if cuda else "cpu")
+
+
+def end_distributed() -> None:
+    """At exit. A gloo worker lets go of the last tensor after the ranks have gone on, and needs the interpreter's lock to
+    do so: asking for it once the interpreter is ending aborts the process. Sleeping gives the lock away in time."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+        time.sleep(0.2)
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:

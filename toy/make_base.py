@@ -102,10 +102,17 @@ def build_tokenizer():
 # --- pretraining text -----------------------------------------------------------------------------------------------
 
 
-def drill(rng, n=12):
-    """Digit sums with and without a carry or borrow, as careful steps use them: `7+5=2', 4+2'=7, ...`"""
-    out = []
+def drill(rng, which, n=12):
+    """Digit sums with and without a carry or borrow, as careful steps use them: `7+5=2', 4+2'=7, ...`
+
+    In world easy-leap half of these tables are sums of two digits, as its shallow steps use them: `47+25=72, ...`
+    """
+    out, whole = [], which == "easy-leap" and rng.random() < 0.5
     for _ in range(n):
+        if whole:
+            a, sign, b = rng.randint(0, 99), rng.choice("+-"), rng.randint(10, 99)
+            out.append(f"{a:02d}{sign}{b}={(a + b if sign == '+' else a - b) % 100:02d}")
+            continue
         a, sign, b, carry = rng.randint(0, 9), rng.choice("+-"), rng.randint(0, 9), rng.randint(0, 1)
         if carry:
             out.append(f"{a}{sign}{b}'={(a + b + 1 if sign == '+' else a - b - 1) % 10}")
@@ -122,7 +129,7 @@ def documents(tokenizer, n, seed, which):
         studying = len(texts) < STUDY_SHARE * n
         if studying and (len(texts) < DRILLS_UNTIL * n or rng.random() < DRILL_SHARE):
             problems.append(None)
-            texts.append(drill(rng))
+            texts.append(drill(rng, which))
             digest.update(f"{texts[-1]}\n".encode())
             continue
         longest = 1 + sum(len(texts) > share * n for share in LONGER_AFTER)
