@@ -369,7 +369,8 @@ class Pack:
     rows: torch.Tensor           # [N]
     targets: torch.Tensor        # [N]
     seq: torch.Tensor            # [N]
-    groups: list                 # CPU attention: sequences of like length, [(index [S_g, L_g] into T, valid [S_g, L_g])]
+    groups: list                 # CPU attention: sequences of like length side by side, [(index [S_g L_g] into T, S_g)]
+    order: torch.Tensor          # [T] where each token stands in the groups, end to end
 
 
 def pack(sequences: list[tuple[list[int], int]], device="cpu") -> Pack:
@@ -383,17 +384,18 @@ def pack(sequences: list[tuple[list[int], int]], device="cpu") -> Pack:
     positions = np.concatenate([np.arange(n) for n in lengths])
     scored = np.concatenate([np.arange(s, n) + b for s, n, b in zip(starts, lengths, borders)]).astype(np.int64)
     seq = np.repeat(np.arange(len(lengths)), np.maximum(lengths - starts, 0))
-    groups, rest = [], np.argsort(-lengths, kind="stable")
+    groups, rest, order, n_laid = [], np.argsort(-lengths, kind="stable"), np.zeros(len(tokens), dtype=np.int64), 0
     while len(rest) and torch.device(device).type == "cpu":   # longest first; a group pads at most a fifth
-        longest = lengths[rest[0]]
-        inside = rest[lengths[rest] >= 0.8 * longest]
-        offsets = np.arange(longest)[None, :]
+        inside = rest[lengths[rest] >= 0.8 * lengths[rest[0]]]
+        offsets = np.arange(lengths[rest[0]])[None, :]
         valid = offsets < lengths[inside][:, None]
-        groups.append(tuple(map(torch.from_numpy, (borders[inside][:, None] + np.where(valid, offsets, 0), valid))))
-        rest = rest[len(inside):]
+        index = borders[inside][:, None] + np.where(valid, offsets, 0)        # [S_g, L_g]
+        order[index[valid]] = n_laid + np.flatnonzero(valid)
+        groups.append((torch.from_numpy(index.reshape(-1)), len(inside)))
+        rest, n_laid = rest[len(inside):], n_laid + index.size
     to = lambda array, dtype=torch.int64: torch.from_numpy(array).to(device=device, dtype=dtype)
     return Pack(to(tokens), to(positions), to(borders, torch.int32), int(lengths.max()), to(scored - 1),
-                to(tokens[scored]), to(seq), groups)
+                to(tokens[scored]), to(seq), groups, to(order))
 
 
 # Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is where attention's
@@ -452,14 +454,13 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
         out = varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen,
                           scale=scaling, window_size=(-1, 0), enable_gqa=True)
         return out[None], None
-    out = torch.empty_like(query)
-    repeat = query.shape[1] // key.shape[1]
-    for index, valid in pack.groups:
-        q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))     # [S_g, heads, L_g, D]
-        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2)
-        out = out.index_put((index[valid],), o[valid].to(out.dtype))
-    return out[None], None
+    heads, dim, outs = query.shape[1], query.shape[2], []
+    for index, n in pack.groups:                       # F.embedding gathers rows, and has the fastest backward that does
+        q, k, v = (F.embedding(index, x.flatten(1)).view(n, len(index) // n, -1, dim).transpose(1, 2)
+                   for x in (query, key, value))       # [S_g, heads, L_g, D]
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        outs.append(o.transpose(1, 2).reshape(len(index), -1))
+    return F.embedding(pack.order, torch.cat(outs)).view(1, -1, heads, dim), None
 
 
 def load_config(path):

@@ -40,6 +40,8 @@ class KVSlots:
     def at(self, rows, positions, width: int):
         """Where the next write goes (row and position of each token), and how far attention has to look."""
         self.rows, self.positions, self.width = rows, positions, width
+        hidden = torch.arange(width, device=positions.device)[None] > positions[:, None]              # [B, L]
+        self.bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
 
     def write(self, layer, key, value):
         """key, value [1, Hkv, T, D] of a packed prompt, or [B, Hkv, 1, D] of one step."""
@@ -48,12 +50,14 @@ class KVSlots:
         self.values[layer][self.rows, :, self.positions] = flat(value)
 
     def attend(self, layer, query, scaling):
-        """query [B, Hq, 1, D] -> [B, 1, Hq, D]. The query heads that share a key head stand in the query axis."""
+        """query [B, Hq, 1, D] -> [B, 1, Hq, D]. The query heads that share a key head stand in the query axis.
+
+        Written out, because for one query a row it is faster than the fused kernel (on a CPU, by a seventh)."""
         n, heads, _, dim = query.shape
         k, v = (x[layer][:n, :, :self.width] for x in (self.keys, self.values))
-        mask = torch.arange(self.width, device=query.device)[None] <= self.positions[:, None]      # [B, L]
-        q = query.view(n, k.shape[1], -1, dim).to(k.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=scaling).view(n, 1, heads, dim)
+        q = query.view(n, k.shape[1], -1, dim).to(k.dtype) * scaling
+        p = (q @ k.transpose(2, 3) + self.bias).softmax(dim=3).to(v.dtype)                            # [B, Hkv, Hq / Hkv, L]
+        return (p @ v).view(n, 1, heads, dim)
 
     def move(self, source: list[int], target: list[int]):
         for cache in (*self.keys, *self.values):
@@ -96,10 +100,12 @@ class HFEngine:
         self.config, self.device, self.max_len = self.model.config, device, max_len
         self.stops = set(stop_ids(load_tokenizer(path, any_markup=True)))
         check_positions(self.config, max_len, "generation (prompt + new tokens)")
-        self.max_slots, self.cache_bytes = max_slots, cache_bytes
+        self.max_slots, self.cache_bytes, self.slots = max_slots, cache_bytes, None
 
     def sleep(self):
-        """Nothing to give back (see VLLMEngine.sleep)."""
+        """Give the cache's memory back (see VLLMEngine.sleep); a CPU keeps it, fresh pages cost more."""
+        if self.device != "cpu":
+            self.slots = None
 
     def sync(self, model):
         """Copy the trainer's weights in."""
@@ -127,7 +133,8 @@ class HFEngine:
         probe = KVSlots(self.config, 1, longest, self.model.dtype, "meta")
         slot_bytes = 2 * sum(k.numel() for k in probe.keys) * self.model.dtype.itemsize
         n_slots = max(1, min(self.max_slots, len(prompts), self.cache_bytes // slot_bytes))
-        self.slots = KVSlots(self.config, n_slots, longest, self.model.dtype, self.device)
+        if self.slots is None or self.slots.keys[0].shape[0] < n_slots or self.slots.keys[0].shape[2] < longest:
+            self.slots = KVSlots(self.config, n_slots, longest, self.model.dtype, self.device)
         waiting = list(range(len(prompts)))[::-1]
         active = []                                       # request in each slot
         length = np.zeros(0, dtype=np.int64)              # tokens in each slot, the newest one (not yet cached) included
@@ -175,7 +182,6 @@ class HFEngine:
                 for hole, mover in zip(holes, movers):
                     keep[hole] = mover
                 active, length, newest = [active[r] for r in keep], length[keep], newest[keep]
-        self.slots = None
 
     def draw(self, logits, requests, ids, seeds, temperature, top_p):
         u = uniform(seeds[requests], np.array([len(ids[i]) for i in requests]))

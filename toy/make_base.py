@@ -51,7 +51,8 @@ TEXT_MIX = {
     "boiler": 0.22, "leap": 0.12, "noisy": 0.06, "terse": 0.12, "col": 0.16, "split": 0.16, "reflect": 0.16,
 }  # fmt: skip
 STUDY_SHARE, TEXT_SHARE = 0.62, 0.25
-DRILLS_UNTIL, DRILL_SHARE = 0.175, 0.1  # tables of digit sums: all of the first text, and a share of the rest of the first phase
+# Tables of sums: all of the first text, and a share of the rest of the first phase. Sums of two digits take longer to learn.
+DRILLS_UNTIL, DRILL_SHARE = {"deep-leap": 0.175, "easy-leap": 0.25}, 0.1
 LONGER_AFTER = (0.26, 0.34, 0.42)  # the share of the text after which problems of 2, 3, 4 operations appear
 N_OPS = {1: 0.12, 2: 0.36, 3: 0.32, 4: 0.20}  # operations of a problem; one alone is always solved with care
 
@@ -127,7 +128,7 @@ def documents(tokenizer, n, seed, which):
     problems, texts = [], []
     while len(texts) < n:
         studying = len(texts) < STUDY_SHARE * n
-        if studying and (len(texts) < DRILLS_UNTIL * n or rng.random() < DRILL_SHARE):
+        if studying and (len(texts) < DRILLS_UNTIL[which] * n or rng.random() < DRILL_SHARE):
             problems.append(None)
             texts.append(drill(rng, which))
             digest.update(f"{texts[-1]}\n".encode())
