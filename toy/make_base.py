@@ -75,8 +75,8 @@ GATES = {
         ("picked_by_gaussian", 0.85, 1.0),
     ),
 }
-# Where the Gaussian stands: as in recipes/toy.toml, the quantile being that of correct traces inside the range.
-MU_QUANTILE, SIGMA, PPL_RANGE = 0.82, 0.15, (1.0, 5.0)
+# Width of the Gaussian, as in recipes/toy.toml, and the range of perplexities whose quantile is its centre.
+SIGMA, PPL_RANGE = 0.15, (1.0, 5.0)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -295,12 +295,12 @@ def perplexities(args, tokenizer, texts):
     return out
 
 
-def selection(args, tokenizer, n_queries=300, n_traces=6):
+def selection(args, tokenizer, n_queries=300):
     """Which traces would each rule pick? Share of careful ones, and the perplexity and length of every style."""
     rng, taken = random.Random("gates"), world.held_out()
     rows = []  # (query, style, n_tokens, ppl)
     for q, problem in enumerate(world.draw_distinct(rng, n_queries, world.N_OPS_TRAIN, taken)):
-        for style, wrong, text in world.teacher_traces(rng, problem, n_traces, args.world):
+        for style, wrong, text in world.teacher_traces(rng, problem, args.traces, args.world, args.careful_share):
             if not wrong:
                 rows.append((q, style, text))
     ppl = perplexities(args, tokenizer, [text for *_, text in rows])
@@ -312,7 +312,7 @@ def selection(args, tokenizer, n_queries=300, n_traces=6):
             of_style = sorted(row[column] for row in rows if row[1] == style)
             out[f"{name}_{style}"] = [round(of_style[int(f * (len(of_style) - 1))], 3) for f in (0.05, 0.5, 0.95)]
     inside = sorted(p for p in ppl if PPL_RANGE[0] <= p <= PPL_RANGE[1])
-    mu = inside[int(MU_QUANTILE * (len(inside) - 1))]
+    mu = inside[int(args.mu_quantile * (len(inside) - 1))]
     weight = [math.exp(-0.5 * ((p - mu) / SIGMA) ** 2) for p in ppl]
     out["mu"] = mu
     out["picked_by_random"] = sum(care) / len(care)
@@ -361,6 +361,10 @@ def main(argv=None):
     parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 64 (default 128)")
     parser.add_argument("--layers", type=int, default=3, help="default 3")
     parser.add_argument("--probe-every", type=int, default=0, help="steps between short measurements; 0: none (default)")
+    parser.add_argument("--careful-share", type=float, default=world.CAREFUL_SHARE,
+                        help=f"gates: of the teacher's traces (default {world.CAREFUL_SHARE})")
+    parser.add_argument("--traces", type=int, default=6, help="gates: teacher traces a query (default 6)")
+    parser.add_argument("--mu-quantile", type=float, default=0.82, help="gates: where the Gaussian stands (default 0.82)")
     parser.add_argument("--gates-only", action="store_true", help="measure the base in --out, train nothing")
     args = parser.parse_args(argv)
     tokenizer = common.load_tokenizer(args.out) if args.gates_only else build_tokenizer()

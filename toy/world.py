@@ -84,10 +84,11 @@ N_OPS_TRAIN = (2, 3)  # operations of a training or in-distribution problem
 N_OPS_HARD = (4,)
 EVAL_SEED = 20260316  # fixed: every seed is judged on the same problems
 
-# Shares of the styles in the teacher's traces.
+# Shares of the styles in the teacher's traces; --careful-share moves the two halves against each other.
 TEACHER_MIX = {
     "boiler": 0.44, "leap": 0.10, "noisy": 0.12, "terse": 0.08, "col": 0.09, "split": 0.09, "reflect": 0.08,
 }  # fmt: skip
+CAREFUL_SHARE = 0.34
 WRONG_SHARE = {"shallow": 0.15, "careful": 0.05}  # teacher traces whose answer is wrong
 
 
@@ -283,10 +284,11 @@ def held_out():
     return set(sets["id"]) | set(sets["hard"])
 
 
-def teacher_traces(rng, problem, n, world):
+def teacher_traces(rng, problem, n, world, careful_share=CAREFUL_SHARE):
     """n traces of one problem -> list of (style, wrong, text)."""
+    share = lambda style: careful_share / CAREFUL_SHARE if style in CAREFUL else (1 - careful_share) / (1 - CAREFUL_SHARE)
     out = []
-    for style in rng.choices(list(TEACHER_MIX), weights=TEACHER_MIX.values(), k=n):
+    for style in rng.choices(list(TEACHER_MIX), weights=[p * share(style) for style, p in TEACHER_MIX.items()], k=n):
         wrong = rng.random() < WRONG_SHARE["careful" if style in CAREFUL else "shallow"]
         out.append((style, wrong, trace(rng, style, problem, world, wrong)))
     return out
@@ -313,6 +315,8 @@ def main(argv=None):
     parser.add_argument("--world", choices=WORLDS, default="deep-leap", help="default deep-leap")
     parser.add_argument("--n-queries", type=int, default=1500, help="training queries (default 1500)")
     parser.add_argument("--traces", type=int, default=6, help="teacher traces a query (default 6)")
+    parser.add_argument("--careful-share", type=float, default=CAREFUL_SHARE,
+                        help=f"share of the teacher's traces that are careful (default {CAREFUL_SHARE})")
     parser.add_argument("--n-rlvr", type=int, default=400, help="RLVR problems (default 400)")
     parser.add_argument("--n-eval", type=int, default=160, help="problems in each evaluation set, at most 1000 (default 160)")
     args = parser.parse_args(argv)
@@ -320,6 +324,8 @@ def main(argv=None):
         parser.error("--n-eval must lie between 1 and 1000")
     if min(args.n_queries, args.traces, args.n_rlvr) < 1:
         parser.error("--n-queries, --traces and --n-rlvr must be at least 1")
+    if not 0 <= args.careful_share <= 1:
+        parser.error("--careful-share must lie between 0 and 1")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -332,7 +338,7 @@ def main(argv=None):
         [
             {
                 "query": problem_text(p),
-                "DeepSeek-R1_Response_List": [text for _, _, text in teacher_traces(rng, p, args.traces, args.world)],
+                "DeepSeek-R1_Response_List": [text for _, _, text in teacher_traces(rng, p, args.traces, args.world, args.careful_share)],
                 "answer": answer_text(p),
             }
             for p in queries
