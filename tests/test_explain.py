@@ -64,8 +64,8 @@ def write_run(path, model, seeds=(0, 1), ablations=True):
         for arm in ("sft", "oxa_full"):
             write_eval(folder / arm / "eval_rlvr", *ARMS["oxa_mle"], problems, tokenizer)
             (folder / arm / "rlvr").symlink_to(model)
-    for value in (0.3, 0.9) if ablations else ():
-        write_eval(path / "ablations" / f"mu_quantile-{value}" / "eval", *ARMS["oxa_mle"], problems, tokenizer)
+    for seed, name in [(s, f"mu_quantile-{v}") for s in seeds for v in (0.3, 0.9)] + [(0, "cap-2")] if ablations else ():
+        write_eval(path / "ablations" / f"seed-{seed}" / name / "eval", *ARMS["oxa_mle"], problems, tokenizer, 0.2 * seed)
     return path
 
 
@@ -171,13 +171,15 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     assert float(first[5].split()[0]) == pytest.approx((right(0) + right(0.05)) / 2, abs=0.01)
     split = {tuple(row[:2]): row[2:] for row in sections["Choice or execution"]["rows"]}
     assert float(split["oxa_mle", "id"][1].split()[0]) > 0.3 and abs(float(split["oxa_mle", "id"][2].split()[0])) < 0.02
-    ablation = next(s for title, s in sections.items() if title.startswith("Ablation"))
-    assert [row[0] for row in ablation["rows"]] == ["0.3", "0.7", "0.9"]
+    cap, ablation = (next(s for title, s in sections.items() if title.startswith(f"Ablation: {x}")) for x in ("cap", "μ"))
+    assert [row[0] for row in ablation["rows"]] == ["0.3", "0.7", "0.9"] and "seeds 0, 1" in ablation["text"]
     assert ablation["columns"][1:4] == ["id: Pass@1", "id: Pass@8", "id: entropy (nats)"]
+    assert float(ablation["rows"][0][1]) == pytest.approx((right(0) + right(0.2)) / 2, abs=0.01)      # mean over seeds
+    assert [row[0] for row in cap["rows"]] == ["2"] and "seed 0," in cap["text"] and "One seed" in cap["text"]
     (run / "report" / "figures").mkdir(parents=True)
     parts = report.explanation(report.Run(run, [0, 1], [], [], {}), run / "report")
     figures = [f for s in sections.values() for f in s["figures"]]
-    assert len(figures) == 6 and sum(part.startswith("![") for part in parts) == 6
+    assert len(figures) == 7 and sum(part.startswith("![") for part in parts) == 7
     assert all((run / "report" / "figures" / Path(f["file"]).name).exists() for f in figures)
 
 

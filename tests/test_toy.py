@@ -166,12 +166,28 @@ def test_pretraining_text_holds_no_evaluation_problem_and_is_a_function_of_its_s
         assert tokenizer.unk_token_id not in ids
 
 
-def test_drills_are_right():
-    rng = random.Random(0)
+@pytest.mark.parametrize("which", world.WORLDS)
+def test_drills_are_right(which):
+    rng, n_whole = random.Random(0), 0
     for _ in range(50):
-        for a, sign, b, carry_in, c in re.findall(r"(\d)([+-])(\d)('?)=(\d)", make_base.drill(rng)):
+        table = make_base.drill(rng, which)
+        for a, sign, b, carry_in, c in re.findall(r"\b(\d)([+-])(\d)('?)=(\d)", table):
             step = 1 if sign == "+" else -1
             assert (int(a) + step * (int(b) + bool(carry_in))) % 10 == int(c)
+        for a, sign, b, c in re.findall(r"(\d\d)([+-])(\d\d)=(\d\d)", table):
+            assert (int(a) + (1 if sign == "+" else -1) * int(b)) % 100 == int(c)
+            n_whole += 1
+    assert (n_whole > 0) == (which == "easy-leap")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.12, 0.34, 1.0])
+def test_careful_share_of_the_teacher_is_the_one_asked_for(share):
+    rng = random.Random(0)
+    styles = [style for style, _, _ in world.teacher_traces(rng, world.draw_problem(rng, 2), 4000, "deep-leap", share)]
+    careful = [style for style in styles if style in world.CAREFUL]
+    assert abs(len(careful) / 4000 - share) < 0.03
+    if share:
+        assert abs(careful.count("col") / len(careful) - 9 / 34) < 0.06          # proportions within each half stay
 
 
 def test_batches_cover_documents_once_and_padding_is_not_learnt():
@@ -188,8 +204,9 @@ def test_batches_cover_documents_once_and_padding_is_not_learnt():
 def test_the_shipped_base_is_the_one_described():
     from transformers import AutoConfig
 
-    record = json.loads((BASE / "make_base.json").read_text())
-    assert record["missed"] == [] and record["args"]["world"] == "deep-leap"
+    for path, name in ((BASE, "deep-leap"), (ROOT / "toy/base_easy", "easy-leap")):
+        record = json.loads((path / "make_base.json").read_text())
+        assert record["missed"] == [] and record["args"]["world"] == name
     config = AutoConfig.from_pretrained(BASE)
     assert config.model_type == "qwen2" and config.head_dim >= 32 and config.tie_word_embeddings
     assert config.max_position_embeddings >= 256
@@ -201,7 +218,7 @@ def test_the_shipped_base_is_the_one_described():
             fresh, world.problem_text(problem)
         )
         assert common.encode_text(tokenizer, response) == common.encode_text(fresh, response)
-    sizes = [path.stat().st_size for name in ("base",) for path in (ROOT / "toy" / name).rglob("*")]
+    sizes = [path.stat().st_size for name in ("base", "base_easy") for path in (ROOT / "toy" / name).rglob("*")]
     assert sum(sizes) < 8e6
 
 

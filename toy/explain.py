@@ -14,8 +14,8 @@ Where the entropy sits: every token of some stored samples is one of three kinds
 `<think>`, where the style is chosen. *Words*: every other token that is a word. *Arithmetic*: digits, signs, markup.
 Entropy is the model's own (T = 1), as in 05_eval.py; kinds add up to the policy entropy, share by share.
 
-RUN_DIR/ablations/NAME-VALUE/eval, if there, gives one figure for each NAME: Pass@1, Pass@8 and entropy over VALUE, with
-the run's own arm as one of the values. They are made on the first seed (toy/study.sh).
+RUN_DIR/ablations/seed-S/NAME-VALUE/eval (toy/study.sh), if there, gives one figure for each NAME: Pass@1, Pass@8 and entropy
+over VALUE, on the seeds that have every value, with the run's own arm as one of the values (cap: it has data of its own).
 
 Deliberate simplifications: a number is the mean over seeds, and behind it stands the range over seeds, not an interval
 (report.py has intervals); the sets of problems weigh alike; a rate over fewer than 20 responses is not shown.
@@ -52,11 +52,11 @@ ARMS = {
 # shallow styles are greys, careful ones greens
 STYLE_COLORS = dict(zip(STYLES, ("#4d4d4d", "#8c8c8c", "#bdbdbd",
                                  "#00441b", "#1b7837", "#5aae61", "#a6dba0", "#762a83")))
-# NAME of an ablation: (the arm that the run itself has, its stage's sidecar, axis label, logarithmic)
+# NAME of an ablation: (the run's own arm, its sidecar that has the run's own value, axis label, logarithmic)
 ABLATIONS = {
     "ul_weight": ("oxa_full", "sft/metrics.jsonl", "weight of the unlikelihood loss", True),
     "mu_quantile": ("oxa_mle", "train.jsonl", "μ, as a quantile of perplexity", False),
-    "cap": ("oxa_mle", "train.jsonl", "cap: most examples of one query", False),
+    "cap": ("oxa_mle", None, "cap: most examples of one query", False),                     # fewer queries than in the run
 }
 
 
@@ -256,35 +256,44 @@ def entropy_table(found):
 # --------------------------------------------------------------------------------------------------------- ablations
 
 
-def measures_of(folder, k=8):
-    """An evaluation -> {set: {measure: (mean, low, high)}}, intervals over problems."""
+def measures_of(folders, k=8):
+    """Evaluations of one arm, a folder a seed -> {set: {measure: (mean, low, high)}}, intervals over problems and seeds."""
     found = {}
-    for path in sorted(Path(folder).glob("*.problems.jsonl")):
-        table = list(c.read_jsonl(path, {"n": int, "n_correct": int}))
-        k_here = min(k, *(row["n"] for row in table))
-        values = {"Pass@1": [row["n_correct"] / row["n"] for row in table],
-                  f"Pass@{k_here}": [c.pass_at_k(row["n"], row["n_correct"], k_here) for row in table],
-                  "entropy (nats)": [row["entropy"] for row in table]}
+    for path in sorted(Path(folders[0]).glob("*.problems.jsonl")):
+        values = {}
+        for folder in folders:
+            table = list(c.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
+            k_here = min(k, *(row["n"] for row in table))
+            for name, column in (("Pass@1", [row["n_correct"] / row["n"] for row in table]),
+                                 (f"Pass@{k_here}", [c.pass_at_k(row["n"], row["n_correct"], k_here) for row in table]),
+                                 ("entropy (nats)", [row["entropy"] for row in table])):
+                values.setdefault(name, []).append(column)
         found[path.name.split(".")[0]] = {
-            name: tuple(float(x[0]) for x in c.bootstrap([[np.array(v, dtype=float)[:, None]]]))
+            name: tuple(float(x[0]) for x in c.bootstrap([[np.array(x, dtype=float)[:, None] for x in v]]))
             for name, v in values.items()}
     return found
 
 
 def load_ablation(run, name):
-    """-> (seed, own value, {value: measures_of(...)}) of the run's own arm and RUN_DIR/ablations/NAME-*, or None."""
+    """-> (seeds, own value or None, {value: measures_of(...)}) of RUN_DIR/ablations/seed-*/NAME-* and the run's own arm, or
+    None if there are none."""
     arm, sidecar, _, _ = ABLATIONS[name]
-    folders = {float(p.name[len(name) + 1:]): p / "eval" for p in (run.path / "ablations").glob(f"{name}-*")
-               if (p / "eval" / "results.json").exists()}
+    folders = {}                                                                              # {value: {seed: folder}}
+    for path in (run.path / "ablations").glob(f"seed-*/{name}-*/eval/results.json"):
+        value, seed = float(path.parts[-3][len(name) + 1:]), int(path.parts[-4].removeprefix("seed-"))
+        folders.setdefault(value, {})[seed] = path.parent
     if not folders:
         return None
-    seed = run.seeds[0]
-    own = run.path / f"seed-{seed}" / arm
-    if not (own / "eval" / "results.json").exists():
-        c.die(f"{run.path / 'ablations'} has values of {name}, but the run's own arm {own} has no evaluation")
-    value = c.read_meta(own / sidecar)["args"][name]
-    points = {v: measures_of(folder) for v, folder in folders.items()} | {float(value): measures_of(own / "eval")}
-    return seed, float(value), dict(sorted(points.items()))
+    seeds, value = sorted(set.intersection(*(set(of_seed) for of_seed in folders.values()))), None
+    if sidecar:
+        own = {seed: run.path / f"seed-{seed}" / arm for seed in seeds}
+        for folder in own.values():
+            if not (folder / "eval" / "results.json").exists():
+                c.die(f"{run.path / 'ablations'} has values of {name}, but the run's own arm {folder} has no evaluation")
+        value = float(c.read_meta(own[seeds[0]] / sidecar)["args"][name])
+        folders[value] = {seed: folder / "eval" for seed, folder in own.items()}
+    points = {v: measures_of([of_seed[seed] for seed in seeds]) for v, of_seed in folders.items()}
+    return seeds, value, dict(sorted(points.items()))
 
 
 def ablation_table(points):
@@ -422,10 +431,10 @@ def figure_entropy(run, found):
                 "is chosen, other words, and arithmetic (lines: range over seeds; hollow: after RLVR).")
 
 
-def figure_ablation(run, name, seed, own, points):
+def figure_ablation(run, name, seeds, own, points):
     """Pass@1, Pass@8 and entropy over the values; sft's level as a line."""
     arm, _, label, logarithmic = ABLATIONS[name]
-    reference = measures_of(run.path / f"seed-{seed}" / REFERENCE / "eval")
+    reference = measures_of([run.path / f"seed-{seed}" / REFERENCE / "eval" for seed in seeds])
     measures = list(next(iter(next(iter(points.values())).values())))
     figure, axes = panels(1, len(measures), height=2.6)
     for ax, measure in zip(axes[0], measures):
@@ -436,7 +445,8 @@ def figure_ablation(run, name, seed, own, points):
             if b in reference:
                 ax.axhline(reference[b][measure][0], color=ARMS[REFERENCE][0], linestyle=line, linewidth=1.2,
                            label=f"{REFERENCE}, {b}")
-        ax.axvline(own, color="black", alpha=0.25, linewidth=6, zorder=0)
+        if own is not None:
+            ax.axvline(own, color="black", alpha=0.25, linewidth=6, zorder=0)
         if logarithmic:
             ax.set_xscale("log")
             ax.set_xlim(min(points) / 2, max(points) * 2)
@@ -445,8 +455,8 @@ def figure_ablation(run, name, seed, own, points):
         ax.set_ylim(bottom=0, top=1.02 if measure.startswith("Pass") else None)
         ax.set_title(measure, fontsize=10)
         ax.set_xlabel(label)
-    return save(figure, run, f"ablation_{name}", f"`{arm}` over {name} (seed {seed}; the run's own value shaded; "
-                "intervals over problems).", unique_legend(axes), ncols=4)
+    return save(figure, run, f"ablation_{name}", f"`{arm}` over {name} ({named(seeds)}; the run's own value shaded; "
+                "intervals over problems and seeds).", unique_legend(axes), ncols=4)
 
 
 # ---------------------------------------------------------------------------------------------------------- sections
@@ -474,13 +484,20 @@ def strategies(run):
         yield section("Choice or execution", text, differences_table(found), [figure_differences(run, found)])
 
 
-def same_training_sets(run, name) -> str:
-    """A sentence on values that select the same rows, and so are one run; empty if there are none."""
-    values = {}
-    for path in sorted((run.path / "ablations").glob(f"{name}-*/train.jsonl")):
-        values.setdefault(c.sha256_file(path), []).append(path.parent.name.removeprefix(f"{name}-"))
-    return "".join(f" Values {' and '.join(same)} select the same training set: one point, not {len(same)}."
+def named(seeds) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def training_sets(run, name, seeds) -> str:
+    """How many rows each value selects, and which values select the same ones and so are one run; "" if none is selected anew."""
+    values, n_rows = {}, []
+    for path in sorted((run.path / "ablations" / f"seed-{seeds[0]}").glob(f"{name}-*/train.jsonl")):
+        value = path.parent.name.removeprefix(f"{name}-")
+        values.setdefault(c.sha256_file(path), []).append(value)
+        n_rows.append(f"{value}: {c.read_meta(path)['rows']}")
+    same = "".join(f" Values {' and '.join(same)} select the same training set: one point, not {len(same)}."
                    for same in values.values() if len(same) > 1)
+    return (f" Examples: {', '.join(n_rows)}." if n_rows else "") + same
 
 
 def explain(args):
@@ -493,11 +510,12 @@ def explain(args):
                   [figure_entropy(run, entropies)])
     for name, (arm, _, label, _) in ABLATIONS.items():
         if found := load_ablation(run, name):
-            seed, own, points = found
-            yield section(f"Ablation: {label}",
-                          f"`{arm}`, one flag changed; the run's own value is {own:g}. Seed {seed} only: other seeds may differ "
-                          f"a lot (docs/LOG.md).{same_training_sets(run, name)}",
-                          ablation_table(points), [figure_ablation(run, name, seed, own, points)])
+            seeds, own, points = found
+            own_value = "made on a fifth of the teacher's rows" if own is None else f"the run's own value is {own:g}"
+            one = " One seed: others may differ a lot." if len(seeds) == 1 else ""
+            yield section(f"Ablation: {label}", f"`{arm}` of {named(seeds)}, one flag changed; {own_value}.{one}"
+                          f"{training_sets(run, name, seeds)}", ablation_table(points),
+                          [figure_ablation(run, name, seeds, own, points)])
     if args.contrast:
         other = load_run(args.contrast, "easy-leap")
         figure = figure_choice(Run(run.path, other.seeds, other.benchmarks, other.counts), "choice_contrast")

@@ -6,7 +6,8 @@ A quarter is text without a question, so that perplexity without a prompt is mea
 
     python toy/make_base.py --out toy/base
     python toy/make_base.py --out toy/base_easy --world easy-leap
-    python toy/make_base.py --out toy/base --gates-only          # measure an existing base again
+    python toy/make_base.py --out toy/base --gates-only --careful-share 0.12 --traces 16 --mu-quantile 0.92
+                                                                 # measure an existing base again, for toy.toml's teacher
 
 writes a Hugging Face directory (config, safetensors, tokenizer) with make_base.json (seed, data hash, time, gates) in it,
 and exits with code 1 if a gate is missed. One thread; about 15 minutes.
@@ -374,6 +375,7 @@ def main(argv=None):
     else:
         record = {"args": {k: v for k, v in vars(args).items() if k != "out"}, "torch": torch.__version__,
                   "threads": torch.get_num_threads(), "cpus": os.cpu_count(), **pretrain(args, tokenizer)}  # fmt: skip
+    record["teacher"] = {"careful_share": args.careful_share, "traces": args.traces, "mu_quantile": args.mu_quantile}
     record["gates"], record["missed"] = measure_gates(args, tokenizer)
     record_path.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if record["missed"] else 0
