@@ -639,16 +639,24 @@ def first_paragraph(run, claims):
     return text
 
 
-def contrast_table(worlds, label):
-    """The main comparison in two worlds, side by side."""
-    found = [dict(effects(next(iter(claims.values()), {}))) for _, _, claims in worlds]
+def contrast(worlds, k, label):
+    """The first comparison that both worlds have, side by side, and the arms of each."""
+    pair = next((pair for pair in worlds[0][2] if all(pair in claims for _, _, claims in worlds)), None)
+    if pair is None:
+        return
+    yield "## Two worlds"
+    yield f"`{pair[0]}` over `{pair[1]}` in each."
+    found = [dict(effects(claims[pair])) for _, _, claims in worlds]
     rows = []
     for name in dict.fromkeys(name for world in found for name in world):
         cells = [(number(world[name], sign=True), world[name]["verdict"]) if name in world else ("–", "–")
                  for world in found]
         text = next(world[name]["claim"] for world in found if name in world)
         rows.append([named(name, label), named(text, label), *(x for pair in cells for x in pair)])
-    return table(["claim", "", *(x for title, _, _ in worlds for x in (title, "verdict"))], rows)
+    yield table(["claim", "", *(x for title, _, _ in worlds for x in (title, "verdict"))], rows)
+    for title, other, _ in worlds[1:]:
+        yield f"The arms of `{title}` (those of `{worlds[0][0]}` are below):"
+        yield arms_table(other, arm_summary(other, k), k)
 
 
 def explanation(run, out):
@@ -708,7 +716,7 @@ def compose(run, worlds, summary, drawn, facts, hashes, k, price, out):
     if claims and not one:
         yield from ("### On each benchmark", benchmarks_table(claims, labels[0]))
     if len(worlds) > 1:
-        yield from ("## Two worlds", contrast_table(worlds, labels[0]))
+        yield from contrast(worlds, k, labels[0])
     yield "## Arms"
     yield f"Means over seeds{'' if one else ' and benchmarks'}, with 95 % intervals over problems and seeds."
     yield arms_table(run, summary, k)

@@ -29,7 +29,7 @@ def run_ours(args):
     out = Path(args.scratch) / f"ours{time.time()}"
     subprocess.run([sys.executable, ROOT / "04_rlvr.py", "--model", args.model, "--problems", args.data, "--out", out, "--lr", str(LR),
                     "--prompts-per-step", str(PROMPTS), "--rollouts", str(GROUP), "--max-response-tokens", str(MAX_TOKENS),
-                    "--temperature", str(TEMPERATURE), "--kl-coef", str(KL), "--max-steps", str(args.steps), "--token-budget", "8192",
+                    "--temperature", str(TEMPERATURE), "--kl-coef", str(KL), "--max-steps", str(args.steps), "--token-budget", "4096",
                     "--engine", "hf", "--verify-workers", "1", "--save-every", "1000", "--log-rollouts", "0"],
                    check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]

@@ -29,6 +29,13 @@ def tables(summary) -> str:
                 effect = "; ".join(estimate(part, signed=True) for part in parts.values())
                 seeds = min(part["seeds"] for part in parts.values())
                 lines.append(f"| {name} {NAMES[name]} | `oxa_full` − `{comparison['reference']}` | {effect} | {seeds} | **{claim['verdict']}** |")
+    elsewhere = [x for x in summary["claims"] if x["world"] != summary["run"] and x["reference"] == "sft"]
+    if elsewhere:
+        lines += ["", "| in the contrast world | difference | effect [95 %] | seeds | verdict |", "|---|---|---|---|---|"]
+    for comparison in elsewhere:
+        for name, claim in comparison["claims"].items():
+            lines.append(f"| {name} {NAMES[name]} | `{comparison['arm']}` − `sft` | {estimate(claim, signed=True)} | "
+                         f"{claim['seeds']} | {claim['verdict']} |")
     return "\n".join(lines)
 
 

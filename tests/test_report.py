@@ -209,7 +209,7 @@ def test_missing_logs_and_training_sets(tmp_path):
 
 def test_contrast_and_explanation(run, tmp_path):
     reversed_rates = {**RATES, "sft": .6, "oxa_full": .3, "oxa_mle": .3}
-    write_run(tmp_path / "easy", (0,), ("sft", "oxa_full"), (), rates=reversed_rates)
+    write_run(tmp_path / "easy", (0,), ("sft", "oxa_mle"), (), rates=reversed_rates)
     shutil.copytree(run, tmp_path / "hard")
     (tmp_path / "hard" / "explain.json").write_text(json.dumps([
         {"title": "Which strategies", "text": "Chosen and executed.", "columns": ["arm", "chosen"],
@@ -217,7 +217,9 @@ def test_contrast_and_explanation(run, tmp_path):
     report.main([str(tmp_path / "hard"), "--contrast", str(tmp_path / "easy"), "--k", "4", "--card-hour-price", "2"])
     text = text_of(tmp_path / "hard")
     assert "## Two worlds" in text and "### Which strategies" in text and "| sft | 0.250" in text and "| cost" in text
-    row = next(line for line in text.split("## Two worlds")[1].splitlines() if line.startswith("| C1"))
+    both = text.split("## Two worlds")[1].split("## Arms")[0]
+    assert "`oxa_mle` over `sft` in each" in both and "oxa_full" not in both      # the arm that both worlds have
+    row = next(line for line in both.splitlines() if line.startswith("| C1"))
     assert "not reproduced" in row and "| reproduced" in row and "Pass@4" in text
     found = summary_of(tmp_path / "hard")
     assert {x["world"] for x in found["claims"]} == {"hard", "easy"}
