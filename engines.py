@@ -115,7 +115,7 @@ class HFEngine:
                 mine.pop(name).copy_(weight)
         assert not mine, f"weights that the trainer does not have: {sorted(mine)}"
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, tokens, positions, pack=None):
         """tokens [B, T] -> logits [N, V] of the positions that predict next (all rows, or a pack's last ones)."""
         hidden = self.model.model(input_ids=tokens, position_ids=positions, pack=pack, slots=self.slots,

@@ -66,6 +66,10 @@ def write_run(path, model, seeds=(0, 1), ablations=True):
             (folder / arm / "rlvr").symlink_to(model)
     for seed, name in [(s, f"mu_quantile-{v}") for s in seeds for v in (0.3, 0.9)] + [(0, "cap-2")] if ablations else ():
         write_eval(path / "ablations" / f"seed-{seed}" / name / "eval", *ARMS["oxa_mle"], problems, tokenizer, 0.2 * seed)
+    if ablations:
+        write_eval(path / "longer" / "sft" / "eval", *ARMS["oxa_mle"], problems, tokenizer)
+        for folder, steps in ((path / "longer" / "sft" / "rlvr", 4), (path / "seed-0" / "sft" / "rlvr", 2)):
+            write_rows(folder / "metrics.jsonl", [{"step": i} for i in range(steps)])
     return path
 
 
@@ -176,6 +180,9 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     assert ablation["columns"][1:4] == ["id: Pass@1", "id: Pass@8", "id: entropy (nats)"]
     assert float(ablation["rows"][0][1]) == pytest.approx((right(0) + right(0.2)) / 2, abs=0.01)      # mean over seeds
     assert [row[0] for row in cap["rows"]] == ["2"] and "seed 0," in cap["text"] and "One seed" in cap["text"]
+    longer = sections["How the lead closes"]
+    assert [row[:2] for row in longer["rows"]] == [["sft", 0], ["sft", 2], ["sft", 4]] and longer["columns"][2] == "id: Pass@1"
+    assert longer["rows"][1][2] == longer["rows"][2][2] != longer["rows"][0][2]      # same evaluation after, another before
     (run / "report" / "figures").mkdir(parents=True)
     parts = report.explanation(report.Run(run, [0, 1], [], [], {}), run / "report")
     figures = [f for s in sections.values() for f in s["figures"]]

@@ -16,6 +16,7 @@ Entropy is the model's own (T = 1), as in 05_eval.py; kinds add up to the policy
 
 RUN_DIR/ablations/seed-S/NAME-VALUE/eval (toy/study.sh), if there, gives one figure for each NAME: Pass@1, Pass@8 and entropy
 over VALUE, on the seeds that have every value, with the run's own arm as one of the values (cap: it has data of its own).
+RUN_DIR/longer/ARM, if there, gives a table of RLVR for more steps.
 
 Deliberate simplifications: a number is the mean over seeds, and behind it stands the range over seeds, not an interval
 (report.py has intervals); the sets of problems weigh alike; a rate over fewer than 20 responses is not shown.
@@ -296,6 +297,20 @@ def load_ablation(run, name):
     return seeds, value, dict(sorted(points.items()))
 
 
+def longer_table(run, seed):
+    """Arms whose RLVR was run for more steps (RUN_DIR/longer/ARM): rows of (arm, steps, measures on each set)."""
+    rows = []
+    for path in sorted((run.path / "longer").glob("*/eval/results.json")):
+        arm = path.parts[-3]
+        own = run.path / f"seed-{seed}" / arm
+        for folder, log in ((own / "eval", None), (own / "eval_rlvr", own / "rlvr"), (path.parent, path.parents[1] / "rlvr")):
+            found = measures_of([folder])
+            steps = sum(1 for _ in open(log / "metrics.jsonl")) if log else 0
+            rows.append([arm, steps, *(f"{x[0]:.3f}" for b in run.benchmarks for x in found[b].values())])
+    names = ("Pass@1", "Pass@8", "entropy")
+    return ["arm", "steps of RLVR", *(f"{b}: {name}" for b in run.benchmarks for name in names)], rows
+
+
 def ablation_table(points):
     measures = [m for of_set in points.values() for x in of_set.values() for m in x]
     measures = list(dict.fromkeys(measures))
@@ -508,6 +523,8 @@ def explain(args):
     yield section("Where the entropy sits", "Nats per token at T = 1, on the first "
                   f"{args.entropy_samples} stored samples of each problem.", entropy_table(entropies),
                   [figure_entropy(run, entropies)])
+    if (table := longer_table(run, run.seeds[0]))[1]:
+        yield section("How the lead closes", f"RLVR for more steps than the run's, seed {run.seeds[0]} (no verdict rests on it).", table)
     for name, (arm, _, label, _) in ABLATIONS.items():
         if found := load_ablation(run, name):
             seeds, own, points = found
