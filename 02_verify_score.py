@@ -24,7 +24,7 @@ does not grow with the text.
 
     python 02_verify_score.py verify --samples teacher.jsonl --problems problems.jsonl --out teacher.verified.jsonl
     python 02_verify_score.py score --samples teacher.verified.jsonl --model BASE --out teacher.scored.jsonl
-    torchrun --nproc-per-node 8 02_verify_score.py score --samples self.verified.jsonl --model BASE --only wrong \\
+    torchrun --nproc_per_node 8 -- 02_verify_score.py score --samples self.verified.jsonl --model BASE --only wrong \\
         --out self.scored.jsonl
     python 02_verify_score.py select --arm oxa_full --teacher teacher.scored.jsonl --self self.scored.jsonl \\
         --out train.jsonl

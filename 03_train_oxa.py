@@ -11,7 +11,7 @@ Deliberate simplifications: full fine-tuning only; no dropout; no evaluation in 
 cross-entropy set's, and the unlikelihood set is cycled beside it (docs/ASSUMPTIONS.md).
 
     python 03_train_oxa.py --model BASE --data train.jsonl --out RUN                         one process (CPU or one card)
-    torchrun --nproc_per_node 8 03_train_oxa.py --recipe recipes/paper_1.5b.toml --model BASE --data train.jsonl --out RUN
+    torchrun --nproc_per_node 8 -- 03_train_oxa.py --recipe recipes/paper_1.5b.toml --model BASE --data train.jsonl --out RUN
 
 Writes RUN/final (the model), RUN/step-* (checkpoints with optimizer state), RUN/metrics.jsonl and its .meta.json. Run it again
 to go on from the newest checkpoint, bit for bit on a CPU; Ctrl-C saves one first. Time: docs/LOG.md (toy), --plan (the node).

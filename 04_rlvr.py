@@ -20,7 +20,7 @@ Deliberate simplifications
 - Steps are synchronous: no rollout is older than the weights it trains. Constant learning rate, no reward shaping, no replay.
 
     python 04_rlvr.py --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr                       one process (CPU or one card)
-    torchrun --nproc_per_node 8 04_rlvr.py --recipe recipes/paper_1.5b.toml --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr
+    torchrun --nproc_per_node 8 -- 04_rlvr.py --recipe recipes/paper_1.5b.toml --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr
 
 Writes OUT/final (the model), OUT/step-* (checkpoints), OUT/metrics.jsonl (docs/METRICS.md) and OUT/rollouts.jsonl (a sample of
 each step). Run it again to go on from the newest checkpoint, bit for bit on a CPU; Ctrl-C saves the last whole step first.

@@ -1,7 +1,7 @@
 """Stage 5: evaluate a checkpoint. Pass@1, Pass@k for every k, policy entropy, each with its interval.
 
     python 05_eval.py --model runs/x/sft --problems data/aime24.jsonl data/math500.jsonl --n 128 --out runs/x/eval
-    torchrun --nproc-per-node 8 -- 05_eval.py --model … --problems … --n 128 --out …   (`--`: torchrun has its own --n…)
+    torchrun --nproc_per_node 8 -- 05_eval.py --model … --problems … --n 128 --out …   (`--`: torchrun has its own --n…)
     python 05_eval.py --regrade --problems data/aime24.jsonl --out runs/x/eval       grade the stored responses again
     python 05_eval.py --show 3 --problems data/aime24.jsonl --out runs/x/eval        read three of them
 
