@@ -10,7 +10,7 @@ from conftest import ROOT
 
 CHANGES = {'arms = ["sft", "sft_lp", "oxa_mle", "oxa_full"]': 'arms = ["sft", "oxa_full"]',
            'rlvr_arms = ["sft", "oxa_full"]': 'rlvr_arms = ["oxa_full"]',
-           "world_args = []": 'world_args = ["--n-queries", "80", "--traces", "4", "--n-eval", "12", "--n-rlvr", "24"]',
+           'world_args = ["--careful-share", "0.12", "--traces", "16"]': 'world_args = ["--n-queries", "80", "--traces", "4", "--n-eval", "12", "--n-rlvr", "24"]',
            "n_ce = 1000": "n_ce = 64", "n_ul = 1000": "n_ul = 64", "epochs = 5": "epochs = 2", "k = 8": "k = 4", "n = 4\ntemperature": "n = 2\ntemperature", "n = 32": "n = 4",
            "save_every = 50": "save_every = 1", "max_steps = 15": "max_steps = 2"}
 
