@@ -638,11 +638,11 @@ def show(path, n: int, seed: int, pid=None, sid=None, chars: int = 1500):
         if ppl is not None:
             b = int(bin_of(np.array([ppl]), edges)[0])
             place = f"perplexity {ppl:.4f}, " + (f"bin {edges[b]:g} - {edges[b + 1]:g}" if b >= 0 else "outside [1, 5]")
-        text = row["response"]
+        text = common.printable(row["response"])
         if len(text) > chars:
             text = f"{text[:chars // 2]}\n  [… {len(text) - chars:,} characters …]\n{text[-(chars - chars // 2):]}"
         facts = (row["sid"], row.get("objective"), verdict, place, f"{row.get('n_tokens')} tokens", row.get("finish"))
-        print("=" * 100, " | ".join(filter(None, facts)), "-" * 100, row.get("problem", ""), "-" * 100, text, sep="\n")
+        print("=" * 100, " | ".join(filter(None, facts)), "-" * 100, common.printable(row.get("problem", "")), "-" * 100, text, sep="\n")
     print("=" * 100, f"{len(rows)} of {n_match:,} rows of {path}", sep="\n")
 
 

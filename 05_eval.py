@@ -31,7 +31,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -41,6 +40,7 @@ import torch
 from tqdm import tqdm
 
 import common as c
+import stats
 import verifier
 
 UNGRADED = "ungraded"          # status of a row between generation and grading
@@ -292,7 +292,7 @@ def problem_table(bench, rows, entropy: dict):
 
 def interval(values):
     """[P] per-problem values -> {value, low, high}: the mean over problems and its 95 % bootstrap interval."""
-    mean, low, high = c.bootstrap([[np.asarray(values, dtype=float)[:, None]]])
+    mean, low, high = stats.bootstrap([[np.asarray(values, dtype=float)[:, None]]])
     return {"value": mean[0], "low": low[0], "high": high[0]}
 
 
@@ -304,7 +304,7 @@ def clip(x):
 def summarise(rows, table):
     """The results of one benchmark; every name is defined in docs/METRICS.md."""
     n, n_responses = table[0]["n"], len(rows)
-    mean, low, high = c.bootstrap([[np.stack([c.pass_curve(row["n"], row["n_correct"]) for row in table])]])
+    mean, low, high = stats.bootstrap([[np.stack([stats.pass_curve(row["n"], row["n_correct"]) for row in table])]])
     curve = {"k": list(range(1, n + 1)), "value": mean.tolist(), "low": clip(low), "high": clip(high)}
     lengths = np.array([row["n_tokens"] for row in rows])
     edges = np.unique(np.round(np.geomspace(1, max(lengths.max() + 1, 2), 161)).astype(int))
@@ -346,11 +346,10 @@ def print_table(results):
 
 
 def show_responses(bench, rows, args):
-    """N responses to read: random (by --seed), or of the chosen problems. Control characters are made visible: the text
-    of a model must not be able to drive the terminal."""
+    """N responses to read: random (by --seed), or of the chosen problems."""
+    plain = c.printable
     chosen = [row for row in rows if not args.show_pid or row["pid"] in args.show_pid]
     chosen = random.Random(args.seed).sample(chosen, min(args.show, len(chosen)))
-    plain = lambda text: re.sub(r"[^\x20-\x7e\n]", lambda m: m[0] if m[0].isprintable() else repr(m[0])[1:-1], text)
     text_of = {row["pid"]: row["problem"] for row in bench.problems}
     for row in chosen:
         verdict = {True: "correct", False: "wrong", None: "unknown"}[row["correct"]]

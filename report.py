@@ -5,7 +5,7 @@
     python report.py runs/paper_1.5b --card-hour-price 2.5          with costs
 
 A claim compares two arms problem by problem, seed by seed (the same problems, as many samples), averages over
-benchmarks with equal weight, and takes its 95 % interval from a bootstrap over problems and seeds (`common.bootstrap`).
+benchmarks with equal weight, and takes its 95 % interval from a bootstrap over problems and seeds (`stats.bootstrap`).
 The rule of the verdict, fixed before any arm was run:
 
     not reproduced   the whole interval lies below the smallest effect of interest, 0.01 (a point of Pass@k; 0.01 nats)
@@ -34,6 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import common as c
+import stats
 
 SMALLEST_EFFECT = 0.01
 MAIN_ARMS, REFERENCE, CONTROLS = ("oxa_full", "oxa_mle"), "sft", ("length_matched", "longest")
@@ -116,10 +117,10 @@ def scores(row, what, k=0):
     "curve" (all k), "entropy", "mean_tokens"."""
     n, n_correct = row["n"], row["n_correct"]
     if what == "curve":
-        return c.pass_curve(n, n_correct)
+        return stats.pass_curve(n, n_correct)
     if what in ("entropy", "mean_tokens"):
         return [row[what]]
-    return [c.pass_at_k(n, n_correct, {"k": k or n, "n": n}.get(what, what))]
+    return [stats.pass_at_k(n, n_correct, {"k": k or n, "n": n}.get(what, what))]
 
 
 def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0):
@@ -145,7 +146,7 @@ def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0
         groups.append([x - y for x, y in zip(read(arm), read(reference))] if reference else read(arm))
     if any(np.isnan(x).any() for group in groups for x in group):      # entropy was not measured
         return None
-    value, low, high = c.bootstrap(groups, same)
+    value, low, high = stats.bootstrap(groups, same)
     if what not in ("entropy", "mean_tokens"):
         low, high = (np.clip(x, -1.0 if reference else 0.0, 1.0) for x in (low, high))
     if what != "curve":

@@ -194,3 +194,7 @@ def test_response_tokens_end_with_the_end_of_turn_and_markup_in_the_text_stays_t
     assert common.decode_response(tiny_tokenizer, ids) == "so <|im_end|> it is 5"
     prompt = tiny_tokenizer.decode(common.render_prompt(tiny_tokenizer, "1+1?"))
     assert prompt == f"<|im_start|>user\n1+1?{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_control_characters_cannot_drive_the_terminal():
+    assert common.printable("x\x1b[2J\r é\n√") == "x\\x1b[2J\\r é\n√"

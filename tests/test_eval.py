@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import common as c
+import stats
 
 evaluate = importlib.import_module("05_eval")
 ROOT = Path(__file__).parent.parent
@@ -26,10 +27,10 @@ def test_pass_at_k_is_the_exact_combinatorial_value():
     cases = [(128, x) for x in (0, 1, 2, 63, 64, 127, 128)]
     cases += [(n, rng.randint(0, n)) for n in rng.choices(range(1, 129), k=100)]
     for n, correct in cases:
-        curve = c.pass_curve(n, correct)
+        curve = stats.pass_curve(n, correct)
         for k in range(1, n + 1):
             exact = 1 - Fraction(math.comb(n - correct, k), math.comb(n, k))
-            assert abs(c.pass_at_k(n, correct, k) - exact) < 1e-12
+            assert abs(stats.pass_at_k(n, correct, k) - exact) < 1e-12
             assert abs(curve[k - 1] - exact) < 1e-12
 
 
@@ -38,19 +39,19 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     outcomes = [True, False, False, True, False, False]
     for k in range(1, 7):
         solved = [any(subset) for subset in combinations(outcomes, k)]
-        assert abs(c.pass_at_k(6, 2, k) - sum(solved) / len(solved)) < 1e-15
+        assert abs(stats.pass_at_k(6, 2, k) - sum(solved) / len(solved)) < 1e-15
 
 
 def test_t_quantile_against_tables():
     for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (29, 2.045), (1e5, 1.960)):
-        assert c.t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
+        assert stats.t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
 
 
 def covered(draw, truth, same_problems=True, repeats=1000):
     """Share of the 95 % intervals of `repeats` simulated studies that hold the truth."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(repeats):
-        _, low, high = c.bootstrap([draw(rng)], same_problems, n_boot=1000)
+        _, low, high = stats.bootstrap([draw(rng)], same_problems, n_boot=1000)
         hits += low[0] <= truth <= high[0]
     return hits / repeats
 
@@ -73,10 +74,10 @@ def test_bootstrap_over_problems_and_seeds_covers_the_truth():
 
 def test_bootstrap_weighs_benchmarks_alike_and_sees_pairs():
     few, many = np.full((3, 1), 1.0), np.linspace(0, 1, 101)[:, None]
-    mean, low, high = c.bootstrap([[few], [many]])
+    mean, low, high = stats.bootstrap([[few], [many]])
     assert mean[0] == pytest.approx(0.75) and low[0] < 0.75 < high[0]
-    assert [low, high] == list(c.bootstrap([[few], [many]])[1:])             # repeatable
-    mean, low, high = c.bootstrap([[many * 0 + 0.1]])                        # the same gain everywhere: no doubt
+    assert [low, high] == list(stats.bootstrap([[few], [many]])[1:])             # repeatable
+    mean, low, high = stats.bootstrap([[many * 0 + 0.1]])                        # the same gain everywhere: no doubt
     assert mean[0] == pytest.approx(0.1) and low[0] == pytest.approx(high[0])
 
 

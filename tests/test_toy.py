@@ -200,7 +200,6 @@ def test_batches_cover_documents_once_and_padding_is_not_learnt():
     assert (labels != -100).sum(dim=1).tolist() == [1, 6]
 
 
-@pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base has not been made")
 def test_the_shipped_base_is_the_one_described():
     from transformers import AutoConfig
 
@@ -222,7 +221,6 @@ def test_the_shipped_base_is_the_one_described():
     assert sum(sizes) < 8e6
 
 
-@pytest.mark.skipif(not (BASE / "model.safetensors").exists(), reason="the base has not been made")
 def test_the_shipped_base_solves_problems_when_started_with_care():
     """24 problems, greedy, started with `units `: at least half are solved (the gate on many samples is 80 %)."""
     tokenizer = common.load_tokenizer(BASE)

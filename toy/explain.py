@@ -37,6 +37,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common as c
+import stats
 from toy import world
 
 STYLES = (*world.STYLES, "other")
@@ -266,11 +267,11 @@ def measures_of(folders, k=8):
             table = list(c.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
             k_here = min(k, *(row["n"] for row in table))
             for name, column in (("Pass@1", [row["n_correct"] / row["n"] for row in table]),
-                                 (f"Pass@{k_here}", [c.pass_at_k(row["n"], row["n_correct"], k_here) for row in table]),
+                                 (f"Pass@{k_here}", [stats.pass_at_k(row["n"], row["n_correct"], k_here) for row in table]),
                                  ("entropy (nats)", [row["entropy"] for row in table])):
                 values.setdefault(name, []).append(column)
         found[path.name.split(".")[0]] = {
-            name: tuple(float(x[0]) for x in c.bootstrap([[np.array(x, dtype=float)[:, None] for x in v]]))
+            name: tuple(float(x[0]) for x in stats.bootstrap([[np.array(x, dtype=float)[:, None] for x in v]]))
             for name, v in values.items()}
     return found
 
