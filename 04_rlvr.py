@@ -178,13 +178,24 @@ def give_rewards(rollouts, answers: dict, args):
 
 
 def plan(rollouts, args) -> list[list[Rollout]]:
-    """Micro-batches: lists of rollouts that hold at most --token-budget tokens, prompts included."""
-    packs = common.plan_packs([len(r.prompt_ids) + len(r.ids) for r in rollouts], args.token_budget)[0]
-    return [[rollouts[i] for i in indices] for indices in packs]
+    """Micro-batches: lists of rollouts that hold at most --token-budget tokens, prompts included.
+
+    Short rollouts of one problem stay together, up to half of the budget, because a pack reads their prompt once.
+    """
+    bundles, sizes = [], []
+    for r in rollouts:
+        size = len(r.prompt_ids) + len(r.ids)
+        if bundles and bundles[-1][0].pid == r.pid and sizes[-1] + size <= args.token_budget // 2:
+            bundles[-1].append(r)
+            sizes[-1] += size
+        else:
+            bundles.append([r])
+            sizes.append(size)
+    return [[r for i in indices for r in bundles[i]] for indices in common.plan_packs(sizes, args.token_budget)[0]]
 
 
 def lay_out(members, device) -> common.Pack:
-    return common.pack([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in members], device)
+    return common.pack([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in members], device, share=True)
 
 
 def keep_logprobs(members, name: str, logp):

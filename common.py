@@ -365,21 +365,34 @@ def request_seed(*parts) -> int:
 
 @dataclasses.dataclass
 class Pack:
-    """Sequences end to end. Scored token n is `targets[n]`, predicted at position `rows[n]`, of sequence `seq[n]`."""
+    """Sequences end to end. Scored token n is `targets[n]`, predicted at position `rows[n]`, of sequence `seq[n]`.
+
+    Tokens that sequences share stand once in T; attention alone lays them out for each sequence again, E = sum of lengths.
+    """
     input_ids: torch.Tensor      # [T]
     position_ids: torch.Tensor   # [T] restart at 0 with each sequence
-    cu_seqlens: torch.Tensor     # [S+1] int32, borders of the sequences
+    cu_seqlens: torch.Tensor     # [S+1] int32, borders of the sequences in E
     max_seqlen: int
     rows: torch.Tensor           # [N]
     targets: torch.Tensor        # [N]
     seq: torch.Tensor            # [N]
+    index: torch.Tensor | None   # [E] the row in T of each token of each sequence; None: nothing is shared, E is T
+    owner: torch.Tensor | None   # [T] the place in E of each row (of a shared one: the first)
     groups: list                 # CPU attention: sequences of like length side by side, [(index [S_g L_g] into T, S_g)]
     order: torch.Tensor          # [T] where each token stands in the groups, end to end
 
+    def spread(self, x):
+        """[T, ...] -> [E, ...]"""
+        return x if self.index is None else x[self.index]
 
-def pack(sequences: list[tuple[list[int], int]], device="cpu") -> Pack:
+
+def pack(sequences: list[tuple[list[int], int]], device="cpu", share: bool = False) -> Pack:
     """Lay (ids, start) sequences end to end; the tokens start..len-1 are scored (start >= 1: a first token has no
-    prediction). The scored tokens come out sequence by sequence, in order."""
+    prediction). The scored tokens come out sequence by sequence, in order.
+
+    `share`: tokens 0..start-1 that several sequences begin with, such as the prompt of a group of rollouts, go through the
+    model once (Liu et al. 2025, "Prefix Grouper", arXiv 2506.05433). Log-probs and gradients are the same.
+    """
     lengths = np.array([len(ids) for ids, _ in sequences])
     starts = np.array([start for _, start in sequences])
     assert (starts >= 1).all(), "the first token of a sequence has no prediction"
@@ -388,18 +401,25 @@ def pack(sequences: list[tuple[list[int], int]], device="cpu") -> Pack:
     positions = np.concatenate([np.arange(n) for n in lengths])
     scored = np.concatenate([np.arange(s, n) + b for s, n, b in zip(starts, lengths, borders)]).astype(np.int64)
     seq = np.repeat(np.arange(len(lengths)), np.maximum(lengths - starts, 0))
-    groups, rest, order, n_laid = [], np.argsort(-lengths, kind="stable"), np.zeros(len(tokens), dtype=np.int64), 0
+    index = owner = np.arange(len(tokens))
+    if share:                                                 # the first sequence that begins so owns the rows
+        firsts = {}
+        for (ids, start), border in zip(sequences, borders):
+            index[border:border + start] = firsts.setdefault(tuple(ids[:start]), border) + np.arange(start)
+        owner, index = np.unique(index, return_inverse=True)  # [T] into E, [E] into T
+    groups, rest, order, n_laid = [], np.argsort(-lengths, kind="stable"), np.zeros(len(owner), dtype=np.int64), 0
     while len(rest) and torch.device(device).type == "cpu":   # longest first; a group pads at most a fifth
         inside = rest[lengths[rest] >= 0.8 * lengths[rest[0]]]
         offsets = np.arange(lengths[rest[0]])[None, :]
         valid = offsets < lengths[inside][:, None]
-        index = borders[inside][:, None] + np.where(valid, offsets, 0)        # [S_g, L_g]
-        order[index[valid]] = n_laid + np.flatnonzero(valid)
-        groups.append((torch.from_numpy(index.reshape(-1)), len(inside)))
-        rest, n_laid = rest[len(inside):], n_laid + index.size
+        side_by_side = index[borders[inside][:, None] + np.where(valid, offsets, 0)]     # [S_g, L_g]
+        order[side_by_side[valid]] = n_laid + np.flatnonzero(valid)
+        groups.append((torch.from_numpy(side_by_side.reshape(-1)), len(inside)))
+        rest, n_laid = rest[len(inside):], n_laid + side_by_side.size
     to = lambda array, dtype=torch.int64: torch.from_numpy(array).to(device=device, dtype=dtype)
-    return Pack(to(tokens), to(positions), to(borders, torch.int32), int(lengths.max()), to(scored - 1),
-                to(tokens[scored]), to(seq), groups, to(order))
+    shared = (to(index), to(owner)) if len(owner) < len(tokens) else (None, None)
+    return Pack(to(tokens[owner]), to(positions[owner]), to(borders, torch.int32), int(lengths.max()), to(index[scored - 1]),
+                to(tokens[scored]), to(seq), *shared, groups, to(order))
 
 
 # Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is where attention's
@@ -448,16 +468,12 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
     keys and values are kept for generation, and without `pack` each row of the batch is one slot's next token.
     """
     if slots is not None:
-        slots.write(module.layer_idx, key, value)
+        slots.write(module.layer_idx, key, value, pack)
     if pack is None:
         return slots.attend(module.layer_idx, query, scaling), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))   # [T, heads, D]
     if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-        query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
-        out = varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen,
-                          scale=scaling, window_size=(-1, 0), enable_gqa=True)
-        return out[None], None
+        return varlen_attention(query, key, value, scaling, pack)[None], None
     heads, dim, outs = query.shape[1], query.shape[2], []
     for index, n in pack.groups:                       # F.embedding gathers rows, and has the fastest backward that does
         q, k, v = (F.embedding(index, x.flatten(1)).view(n, len(index) // n, -1, dim).transpose(1, 2)
@@ -465,6 +481,15 @@ def packed_attention(module, query, key, value, attention_mask=None, scaling=Non
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         outs.append(o.transpose(1, 2).reshape(len(index), -1))
     return F.embedding(pack.order, torch.cat(outs)).view(1, -1, heads, dim), None
+
+
+def varlen_attention(query, key, value, scaling, pack):
+    """[T, heads, D] -> [T, Hq, D] by one kernel in bf16, CUDA only; `tests/test_core.py` runs all but the kernel."""
+    from torch.nn.attention import varlen
+    query, key, value = (pack.spread(x.to(torch.bfloat16)) for x in (query, key, value))
+    out = varlen.varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen,
+                             scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    return out if pack.owner is None else out[pack.owner]
 
 
 def load_config(path):

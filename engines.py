@@ -43,11 +43,11 @@ class KVSlots:
         hidden = torch.arange(width, device=positions.device)[None] > positions[:, None]              # [B, L]
         self.bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
 
-    def write(self, layer, key, value):
-        """key, value [1, Hkv, T, D] of a packed prompt, or [B, Hkv, 1, D] of one step."""
-        flat = lambda x: x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).to(self.keys[layer].dtype)
-        self.keys[layer][self.rows, :, self.positions] = flat(key)
-        self.values[layer][self.rows, :, self.positions] = flat(value)
+    def write(self, layer, key, value, pack=None):
+        """key, value [1, Hkv, T, D] of a pack of prompts, or [B, Hkv, 1, D] of one step."""
+        for cache, x in ((self.keys[layer], key), (self.values[layer], value)):
+            flat = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).to(cache.dtype)
+            cache[self.rows, :, self.positions] = pack.spread(flat) if pack else flat
 
     def attend(self, layer, query, scaling):
         """query [B, Hq, 1, D] -> [B, 1, Hq, D]. The query heads that share a key head stand in the query axis.
@@ -117,10 +117,10 @@ class HFEngine:
 
     @torch.inference_mode()
     def forward(self, tokens, positions, pack=None):
-        """tokens [B, T] -> logits [N, V] of the positions that predict next (all rows, or a pack's last ones)."""
+        """tokens [B, T] -> logits [N, V] of the positions that predict next (all rows, or the last of each sequence)."""
         hidden = self.model.model(input_ids=tokens, position_ids=positions, pack=pack, slots=self.slots,
                                   use_cache=False).last_hidden_state
-        hidden = hidden[:, -1] if pack is None else hidden[0, pack.cu_seqlens[1:].long() - 1]
+        hidden = hidden[:, -1] if pack is None else pack.spread(hidden[0])[pack.cu_seqlens[1:].long() - 1]
         return hidden @ self.model.get_output_embeddings().weight.T
 
     def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
@@ -146,10 +146,10 @@ class HFEngine:
                 new = [waiting.pop() for _ in range(min(len(waiting), n_slots - len(active)))]
                 for i in new:
                     ids[i], logps[i] = [], []
-                prompt_pack = pack([(list(prompts[i]), len(prompts[i])) for i in new], self.device)
+                prompt_pack = pack([(list(prompts[i]), len(prompts[i])) for i in new], self.device, share=True)
                 rows = torch.arange(len(active), len(active) + len(new), device=self.device)
                 lengths = prompt_pack.cu_seqlens.diff().long()
-                self.slots.at(rows.repeat_interleave(lengths), prompt_pack.position_ids, 0)
+                self.slots.at(rows.repeat_interleave(lengths), prompt_pack.spread(prompt_pack.position_ids), 0)
                 logits = self.forward(prompt_pack.input_ids[None], prompt_pack.position_ids[None], prompt_pack)
                 token, logp = self.draw(logits, new, ids, seeds, temperature, top_p)
                 active += new

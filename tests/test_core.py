@@ -1,5 +1,6 @@
 """The primitive, packing, the engine, the hand-overs: each against an independent plain computation."""
 
+import inspect
 import itertools
 import json
 
@@ -19,6 +20,13 @@ def random_sequences(n, vocab=256, longest=60, seed=0):
     starts = [int(rng.integers(1, length)) for length in lengths]
     starts[0] = int(lengths[0]) - 1
     return [(rng.integers(0, vocab, length).tolist(), start) for length, start in zip(lengths, starts)]
+
+
+def random_groups(n_groups=4, size=3, vocab=256, seed=5):
+    """(ids, start) as a group of rollouts has them: one prompt, several responses, of 1 to 30 tokens."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, vocab, n).tolist() for n in rng.integers(3, 40, n_groups)]
+    return [(prompt + rng.integers(0, vocab, rng.integers(1, 30)).tolist(), len(prompt)) for prompt in prompts for _ in range(size)]
 
 
 def plain_logprobs(path, sequences, temperature=1.0):
@@ -41,14 +49,18 @@ LOSSES = {"ce": lambda lp: -lp.mean(),
 
 @pytest.mark.parametrize("kind,tie,checkpointing", [("qwen2", True, False), ("qwen2", False, True), ("llama", False, False)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_packed_logprobs_and_gradients_equal_full_logits(tmp_path, kind, tie, checkpointing, loss):
+@pytest.mark.parametrize("share", [False, True])
+def test_packed_logprobs_and_gradients_equal_full_logits(tmp_path, kind, tie, checkpointing, loss, share):
     path = make_model(tmp_path, kind, tie=tie)
-    sequences = random_sequences(9)
+    sequences = random_groups() if share else random_sequences(9)
     plain, expected, expected_entropy = plain_logprobs(path, sequences, temperature=0.85)
     model = common.load_model(path, trainable=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    logp, entropy = common.token_logprobs(model, common.pack(sequences), temperature=0.85, entropy=True)
+    pack = common.pack(sequences, share=share)
+    shared = sum(start for k, (_, start) in enumerate(sequences) if k % 3) if share else 0
+    assert len(pack.input_ids) == sum(len(ids) for ids, _ in sequences) - shared, "each prompt stands once"
+    logp, entropy = common.token_logprobs(model, pack, temperature=0.85, entropy=True)
     assert (logp - expected).abs().max() < 1e-5 and (entropy - expected_entropy).abs().max() < 1e-5
     LOSSES[loss](logp).backward()
     LOSSES[loss](expected).backward()
@@ -78,6 +90,28 @@ def test_a_sequence_does_not_see_its_neighbours(tiny_model_dir):
     packed, _ = common.token_logprobs(model, common.pack(sequences))
     alone = torch.cat([common.token_logprobs(model, common.pack([s]))[0] for s in sequences])
     assert (packed - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_cuda_attention_is_that_of_a_cpu_but_for_its_kernel(monkeypatch, share):
+    """The lines that only a card reaches, with the kernel replaced by a loop over sequences that obeys its signature."""
+    from torch.nn.attention import varlen
+
+    def loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        inspect.signature(kernel).bind(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+        assert options.pop("window_size") == (-1, 0) and query.dtype == torch.bfloat16 and max_q == int(cu_seq_q.diff().max())
+        assert int(cu_seq_q[-1]) == len(query) and cu_seq_q.dtype == torch.int32
+        parts = [x.tensor_split(cu_seq_q[1:-1].long().tolist()) for x in (query, key, value)]
+        return torch.cat([torch.nn.functional.scaled_dot_product_attention(
+            *(x.float().transpose(0, 1) for x in part), is_causal=True, **options).transpose(0, 1) for part in zip(*parts)])
+    kernel = varlen.varlen_attn
+    monkeypatch.setattr(varlen, "varlen_attn", loop)
+    pack = common.pack(random_groups(), share=share)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, len(pack.input_ids), 16) for heads in (4, 2, 2))
+    expected, _ = common.packed_attention(None, query, key, value, scaling=0.3, pack=pack)
+    got = common.varlen_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), 0.3, pack)
+    assert (got - expected[0]).abs().max() < 0.05 < expected.abs().max()
 
 
 def test_plan_packs_uses_each_sequence_once_within_budget_and_balances():
@@ -119,6 +153,20 @@ def test_engine_samples_do_not_depend_on_company_or_order(tiny_model_dir):
     again = dict(engine.generate([prompts[i] for i in order], [seeds[i] for i in order], 0.7, 0.95, 30))
     assert [again[j].ids for j in range(4)] == [first[i].ids for i in order]
     assert len({tuple(c.ids) for c in first.values()}) == 9
+
+
+def test_engine_reads_a_prompt_once_for_all_its_samples(tiny_model_dir, monkeypatch):
+    """Groups of one prompt, admitted in batches that cut through them: the samples are those drawn one at a time."""
+    read, pack = [], engines.pack
+    monkeypatch.setattr(engines, "pack", lambda *args, **options: read.append(pack(*args, **options)) or read[-1])
+    engine = engines.HFEngine(tiny_model_dir, max_len=100, max_slots=7)
+    prompts = [ids for ids, _ in random_sequences(4, longest=40, seed=3) for _ in range(5)]
+    seeds = [common.request_seed(3, i) for i in range(20)]
+    together = dict(engine.generate(prompts, seeds, 0.9, 1.0, 20))
+    assert len(read[0].input_ids) == len(prompts[0]) + len(prompts[5]), "seven requests, two prompts"
+    for i in range(20):
+        alone = dict(engine.generate([prompts[i]], [seeds[i]], 0.9, 1.0, 20))[0]
+        assert alone.ids == together[i].ids and np.allclose(alone.logp, together[i].logp, atol=1e-5)
 
 
 def test_sampling_follows_the_truncated_distribution():
