@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import handover
 from engines import make_engine
 from sources import SOURCES, Overlap, read_source
 
@@ -47,13 +48,13 @@ def report_path(out):
 
 def contamination(args):
     overlap, rows = make_overlap(args), 0
-    with common.replace_file(args.out) as file:
-        for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}):
+    with handover.replace_file(args.out) as file:
+        for row in handover.read_jsonl(args.problems, {"pid": str, "problem": str}):
             if not overlap.hit(row["pid"], row["problem"]):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 rows += 1
     overlap.report(report_path(args.out))
-    common.write_meta(args.out, "problems", args, [args.problems, *args.benchmarks], rows,
+    handover.write_meta(args.out, "problems", args, [args.problems, *args.benchmarks], rows,
                       n_contaminated=len(overlap.dropped))
 
 
@@ -93,11 +94,11 @@ def problems(args):
     counts["kept"] = len(rows)
     if not rows:
         common.die(f"{args.source}: no usable problem ({dict(counts)})")
-    with common.replace_file(args.out) as file:
+    with handover.replace_file(args.out) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
     if overlap:
         overlap.report(report_path(args.out))
-    common.write_meta(args.out, "problems", args, [args.source, *(args.benchmarks or [])], len(rows), counts=counts)
+    handover.write_meta(args.out, "problems", args, [args.source, *(args.benchmarks or [])], len(rows), counts=counts)
     say(args.out, counts)
 
 
@@ -116,7 +117,7 @@ def teacher(args):
         if not args.problems:
             common.die("--answers join needs --problems (rows with pid and answer)")
         fields = {"pid": str, "answer": (str, list)}
-        known = {row["pid"]: row["answer"] for row in common.read_jsonl(args.problems, fields)}
+        known = {row["pid"]: row["answer"] for row in handover.read_jsonl(args.problems, fields)}
     elif args.answers == "column" and source.answer is None:
         common.die(f"{args.source} has no column of answers: give --answers join --problems P.jsonl, or, if all its "
                    "responses are known to be right, --answers boxed")
@@ -124,8 +125,8 @@ def teacher(args):
         from verifier import verify   # sympy takes a second to import: only where it is needed
     tokenizer = common.load_tokenizer(args.model)
     inputs = [args.source, *(args.benchmarks or []), *([args.problems] if args.problems else [])]
-    common.start_output(args.out, "samples", args, inputs)
-    written, writer = common.append_jsonl(args.out, "sid")
+    handover.start_output(args.out, "samples", args, inputs)
+    written, writer = handover.append_jsonl(args.out, "sid")
     problem_rows, overlap, counts, n_of = {}, make_overlap(args), Counter(), Counter()
     with writer:
         for pid, problem, answer, responses in items:
@@ -160,12 +161,12 @@ def teacher(args):
         common.die(f"{args.source}: no usable response ({dict(counts)})")
     counts["problems"] = len(problem_rows)
     if args.problems_out:
-        with common.replace_file(args.problems_out) as file:
+        with handover.replace_file(args.problems_out) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in problem_rows.values())
-        common.write_meta(args.problems_out, "problems", args, inputs, len(problem_rows))
+        handover.write_meta(args.problems_out, "problems", args, inputs, len(problem_rows))
     if overlap:
         overlap.report(report_path(args.out))
-    common.write_meta(args.out, "samples", args, inputs, counts["responses"], counts=counts)
+    handover.write_meta(args.out, "samples", args, inputs, counts["responses"], counts=counts)
     say(args.out, counts)
 
 
@@ -178,7 +179,7 @@ def model_samples(args):
     tokenizer = common.load_tokenizer(args.model, any_markup=True)
     out = Path(args.out)
     prompts, too_long = {}, 0
-    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}):
+    for row in handover.read_jsonl(args.problems, {"pid": str, "problem": str}):
         if args.limit and len(prompts) == args.limit:
             break
         prompt = common.render_prompt(tokenizer, row["problem"])
@@ -191,33 +192,36 @@ def model_samples(args):
     longest = max(map(len, prompts.values())) + args.max_tokens
     common.check_positions(common.load_config(args.model), longest, "the longest prompt with --max-tokens")
     keys = {f"{pid}:{args.name}:{k}": (pid, k) for pid in prompts for k in range(args.n)}
-    parts = lambda: [out, *sorted(out.parent.glob(f"{out.stem}.rank*.jsonl"))]   # rank 0 writes `out` itself
+    place = {sid: i for i, sid in enumerate(keys)}.__getitem__
     if dist.rank == 0:
-        common.start_output(out, "samples", args, [args.problems], may_differ=("kv_cache_gb", "gpu_memory"))
-        done = set().union(*(mend(path) for path in parts()))
+        handover.start_output(out, "samples", args, [args.problems], may_differ=("kv_cache_gb", "gpu_memory"))
+        handover.merge_parts(out, "sid", place)                 # what a killed run left
+    common.barrier()
+    done = handover.stored_keys(out, "sid")
+    if dist.rank == 0:
         print(f"{len(prompts)} problems x {args.n} samples, {len(done)} of them there; {too_long} problems dropped "
               f"whose prompt is over {args.max_prompt_tokens} tokens", flush=True)
-    common.barrier()
-    done = set().union(*(offsets(path) for path in parts()))
-    common.barrier()                                            # all have read before anyone writes
-    mine = [sid for sid in keys if sid not in done][dist.rank::dist.world]
-    own = out if dist.rank == 0 else out.with_name(f"{out.stem}.rank{dist.rank}.jsonl")
-    n_failed = draw(args, dist, tokenizer, {sid: keys[sid] for sid in mine}, prompts, longest, own) if mine else 0
+    mine = {sid: keys[sid] for sid in [sid for sid in keys if sid not in done][dist.rank::dist.world]}
+    n_failed = draw(args, dist, tokenizer, mine, prompts, longest) if mine else 0
     n_failed = int(common.all_reduce_sum(torch.tensor(n_failed, device=dist.device)))
     if dist.rank == 0:
-        merge(args, keys, parts(), n_failed=n_failed, n_prompts_too_long=too_long)
+        handover.merge_parts(out, "sid", place)
+        if not handover.stored_keys(out, "sid"):
+            common.die(f"{out}: every request failed ({n_failed})")
+        describe(args, n_failed=n_failed, n_prompts_too_long=too_long)
     common.barrier()
 
 
-def draw(args, dist, tokenizer, mine, prompts, longest, path):
-    """Generate the requests `mine` (sid -> (pid, k)) and append their rows. -> how many failed."""
+def draw(args, dist, tokenizer, mine, prompts, longest):
+    """Generate the requests `mine` (sid -> (pid, k)) and append their rows to this rank's part. -> how many failed."""
     name, n_failed, sids = args.name, 0, list(mine)
     engine = make_engine(args.engine, args.model, longest, device=dist.device, gpu_memory=args.gpu_memory,
                          kv_cache_gb=args.kv_cache_gb)
     # The `<think>` with which some templates open the answer belongs to the response.
     opened = tokenizer.decode(next(iter(prompts.values()))).rstrip().endswith("<think>")
     seeds = [common.request_seed(args.seed, pid, k) for pid, k in mine.values()]
-    with common.append_jsonl(path, "sid")[1] as writer, tqdm(total=len(mine), disable=dist.rank > 0) as progress:
+    path = handover.part_path(args.out, dist.rank)
+    with handover.append_jsonl(path, "sid")[1] as writer, tqdm(total=len(mine), disable=dist.rank > 0) as progress:
         for i, completion in engine.generate([prompts[pid] for pid, _ in mine.values()], seeds, args.temperature,
                                              args.top_p, args.max_tokens, progress):
             if completion.finish not in ("stop", "length"):
@@ -231,46 +235,12 @@ def draw(args, dist, tokenizer, mine, prompts, longest, path):
     return n_failed
 
 
-def mend(path):
-    """Cut a half-written last line off. -> keys of the rows."""
-    keys, writer = common.append_jsonl(path, "sid")
-    writer.close()
-    return keys
-
-
-def offsets(path):
-    """sid -> byte offset of its row."""
-    found, at = {}, 0
-    with open(path, "rb") as file:
-        for line in file:
-            found[json.loads(line)["sid"]] = at
-            at += len(line)
-    return found
-
-
-def merge(args, keys, paths, **counts):
-    """All ranks' rows into `--out`, in the order of `keys`: the bytes do not depend on ranks, timing or restarts."""
-    where = {sid: (path, at) for path in paths for sid, at in offsets(path).items()}
-    files, finish, n_tokens = {path: open(path, "rb") for path in paths}, Counter(), []
-    with common.replace_file(args.out) as out:
-        for sid in keys:
-            if sid in where:
-                path, at = where[sid]
-                files[path].seek(at)
-                line = files[path].readline().decode()
-                row = json.loads(line)
-                finish[row["finish"]] += 1
-                n_tokens.append(row["n_tokens"])
-                out.write(line)
-    for path, file in files.items():
-        file.close()
-        if path != Path(args.out):
-            path.unlink()
-    if not n_tokens:
-        common.die(f"{args.out}: every request failed ({counts})")
-    common.write_meta(args.out, "samples", args, [args.problems], len(n_tokens), model=args.model, finish=finish,
-                      **counts)
-    say(args.out, {"samples": len(n_tokens), **finish, **counts})
+def describe(args, **counts):
+    """The finished output: its sidecar, and what is in it."""
+    rows = [(row["finish"], row["n_tokens"]) for row in handover.read_jsonl(args.out, {"finish": str, "n_tokens": int}, text=False)]
+    finish, n_tokens = Counter(f for f, _ in rows), [n for _, n in rows]
+    handover.write_meta(args.out, "samples", args, [args.problems], len(rows), model=args.model, finish=finish, **counts)
+    say(args.out, {"samples": len(rows), **finish, **counts})
     low, median, high, top = (int(q) for q in np.quantile(n_tokens, [0, 0.5, 0.9, 1]))
     print(f"tokens a sample: min {low}, median {median}, 90 % {high}, max {top}", flush=True)
 
@@ -354,7 +324,7 @@ def prepare_base(args):
     for name, text in written.items():
         (temporary / name).write_text(text)
     temporary.rename(out)
-    common.write_meta(out / "base", "base", args, [source / "config.json"])
+    handover.write_meta(out / "base", "base", args, [source / "config.json"])
     print(f"{out}: rope_theta {args.rope_theta:g}, {args.positions} positions, no system prompt, stops on "
           f"{generation['eos_token_id']}; weights unchanged", flush=True)
 

@@ -41,20 +41,19 @@ import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
+import handover
 from common import die
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
 SAMPLE = {"sid": str, "pid": str, "response": str, "n_tokens": int, "finish": str}
-VERDICT = {"correct": (bool, type(None)), "status": (str,)}
-SCORED = {"sid": (str,), "pid": (str,), "n_tokens": (int,), "finish": (str,), "correct": (bool, type(None)),
-          "ppl": (float, int, type(None))}
+VERDICT = {"correct": (bool, type(None)), "status": str}
+SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bool, type(None)), "ppl": (float, int, type(None))}
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
 
@@ -127,53 +126,7 @@ def configuration(argv=None):
     return args
 
 
-# ---------------------------------------------------------------- rows without their text, and blocks to resume at
-
-KEY, NEXT = b'"response": "', b'", "'
-
-
-def without_text(line: bytes) -> bytes:
-    """A JSON row with its response emptied, so that parsing it does not depend on the length of the text.
-
-    Inside a JSON string every quote has a backslash before it, so KEY is found only as a key, and NEXT (the end of a
-    string, and the key that follows) not inside one: at most its first quote is the text's own, behind an odd number of
-    backslashes. A row in another spelling is returned as it is.
-    """
-    start = line.find(KEY)
-    if start < 0 or line[start - 1:start] == b"\\":
-        return line
-    start = end = start + len(KEY)
-    while (end := line.find(NEXT, end)) >= 0:
-        before = end
-        while line[before - 1] == ord("\\"):
-            before -= 1
-        if (end - before) % 2 == 0:
-            return line[:start] + line[end:]
-        end += 1
-    return line
-
-
-def light_rows(path, fields: dict):
-    """Yield (offset in bytes, row) with the response left out; checked as `common.read_jsonl` checks."""
-    if not Path(path).is_file():
-        die(f"{path} does not exist")
-    offset, number = 0, 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(without_text(line).decode())
-            except ValueError as error:
-                die(f"{path}:{number}: not valid JSON ({error}); mend or remove this line")
-            if not isinstance(row, dict):
-                die(f"{path}:{number}: a row must be a JSON object")
-            for name, kinds in fields.items():
-                if name not in row or type(row[name]) not in kinds:
-                    die(f"{path}:{number}: field '{name}' is missing or not {' or '.join(k.__name__ for k in kinds)}")
-            yield offset, row
-            offset += len(line)
-    if not number:
-        die(f"{path} is empty")
-
+# -------------------------------------------------------------------------------------------- blocks to resume at
 
 def unfinished_blocks(rows, done: set, n_done: int, size: int):
     """Yield (block, n_old) for each block of `size` rows that the output does not hold whole; its first n_old it has.
@@ -206,19 +159,19 @@ def verify(args):
     """samples + answers -> verified: + predicted, correct, status, and the problem's text for the stages to come."""
     from verifier import verify_many
     problems = {}
-    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str, "answer": (str, list)}):
+    for row in handover.read_jsonl(args.problems, {"pid": str, "problem": str, "answer": (str, list)}):
         if row["pid"] in problems:
             die(f"{args.problems}: pid {row['pid']} occurs twice")
         problems[row["pid"]] = (row["problem"], row["answer"])
     inputs = [args.samples, args.problems]
-    common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block", "show"))
-    done, out = common.append_jsonl(args.out, "sid")
+    handover.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block", "show"))
+    done, out = handover.append_jsonl(args.out, "sid")
     counts = Counter()
     if done:
         print(f"{args.out}: going on after {len(done):,} rows", flush=True)
-        counts.update((LABEL[row["correct"]], row["status"]) for _, row in light_rows(args.out, VERDICT))
+        counts.update((LABEL[row["correct"]], row["status"]) for row in handover.read_jsonl(args.out, VERDICT, text=False))
     with out, tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5) as progress:
-        for block, n_old in unfinished_blocks(common.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
+        for block, n_old in unfinished_blocks(handover.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
             block = block[n_old:]
             for row in block:
                 if row["pid"] not in problems:
@@ -243,7 +196,7 @@ def verify(args):
         print(f"  {label:8} {status:16} {c:10,}")
     if judged["unknown"]:
         print(f"  {judged['unknown']:,} could not be judged (correct: null): they go into no training set")
-    common.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
+    handover.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
                       status={f"{label}/{status}": c for (label, status), c in sorted(counts.items())})
 
 
@@ -295,7 +248,8 @@ def score(args):
     directory = common.model_dir(args.model)
     config = common.load_config(directory)
     keep = lambda row: args.only in ("all", LABEL[row["correct"]])
-    lengths = [row["n_tokens"] for _, row in light_rows(args.samples, {"n_tokens": (int,), **VERDICT}) if keep(row)]
+    light = handover.read_jsonl(args.samples, {"n_tokens": int, **VERDICT}, text=False)
+    lengths = [row["n_tokens"] for row in light if keep(row)]
     longest = min(args.max_score_tokens, max(lengths, default=1) - 1)        # n_tokens counts the end-of-turn token too
     common.check_positions(config, longest, f"scoring {args.samples}")
     if longest > args.token_budget:
@@ -305,14 +259,14 @@ def score(args):
     writes = dist.rank == 0
     done, out = set(), None
     if writes:
-        common.start_output(args.out, "scored", args, [args.samples], may_differ=("show",))
-        done, out = common.append_jsonl(args.out, "sid")
+        handover.start_output(args.out, "scored", args, [args.samples], may_differ=("show",))
+        done, out = handover.append_jsonl(args.out, "sid")
     n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
     if done:
         print(f"{args.out}: going on after {n_done:,} rows", flush=True)
 
     fields = SAMPLE | VERDICT | ({"problem": str} if args.ppl_context == "prompt" else {})
-    rows = filter(keep, common.read_jsonl(args.samples, fields))
+    rows = filter(keep, handover.read_jsonl(args.samples, fields))
     blocks = unfinished_blocks(rows, done, n_done, args.block)
 
     def prepare():
@@ -354,7 +308,7 @@ def score(args):
     n, unscored, spread = len(columns.ppl), len(columns.ppl) - len(ppl), quantiles(ppl)
     print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than 2 tokens (ppl: null); "
           f"perplexity quantiles {spread}")
-    common.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored, scorer=args.model,
+    handover.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored, scorer=args.model,
                       ppl_quantiles=spread)
 
 
@@ -385,7 +339,7 @@ def read_columns(path, seed: int) -> Columns:
     """One pass over a scored file. Its memory grows with the number of rows, not with their text."""
     offset, query, correct, truncated, ppl, n_tokens, tie = (array.array(code) for code in "qibbdiQ")
     sids, pids, scorers = set(), {}, set()
-    for start, row in light_rows(path, SCORED):
+    for start, row in handover.located_rows(path, SCORED, text=False):
         sid = row["sid"]
         if sid in sids:
             die(f"{path}: sid {sid} occurs twice; every response needs its own")
@@ -605,11 +559,11 @@ def select(args):
     if full:
         report("unlikelihood", sets["ul"])
         print(f"  {ul_details['candidates']:,} candidates; dropped: {ul_details['dropped']}")
-    with common.replace_file(args.out) as file:
+    with handover.replace_file(args.out) as file:
         copy_rows(teacher, ce, "ce", file)
         if full:
             copy_rows(own, ul, "ul", file)
-    common.write_meta(args.out, "training", args, [args.teacher, args.self if full else None], rows=len(ce) + len(ul),
+    handover.write_meta(args.out, "training", args, [args.teacher, args.self if full else None], rows=len(ce) + len(ul),
                       **sets, **details, teacher=teacher.census(), self=own.census() if full else None)
 
 
@@ -619,7 +573,7 @@ def select(args):
 def show(path, n: int, seed: int, pid=None, sid=None, chars: int = 1500):
     """Print n rows of a file, drawn at random in one pass (reservoir), or those of a problem or a response."""
     draw, rows, n_match = random.Random(seed), [], 0
-    for row in common.read_jsonl(path, {"sid": str, "pid": str, "response": str}):
+    for row in handover.read_jsonl(path, {"sid": str, "pid": str, "response": str}):
         if pid not in (None, row["pid"]) or sid not in (None, row["sid"]):
             continue
         n_match += 1
@@ -638,11 +592,8 @@ def show(path, n: int, seed: int, pid=None, sid=None, chars: int = 1500):
         if ppl is not None:
             b = int(bin_of(np.array([ppl]), edges)[0])
             place = f"perplexity {ppl:.4f}, " + (f"bin {edges[b]:g} - {edges[b + 1]:g}" if b >= 0 else "outside [1, 5]")
-        text = common.printable(row["response"])
-        if len(text) > chars:
-            text = f"{text[:chars // 2]}\n  [… {len(text) - chars:,} characters …]\n{text[-(chars - chars // 2):]}"
         facts = (row["sid"], row.get("objective"), verdict, place, f"{row.get('n_tokens')} tokens", row.get("finish"))
-        print("=" * 100, " | ".join(filter(None, facts)), "-" * 100, common.printable(row.get("problem", "")), "-" * 100, text, sep="\n")
+        handover.print_row(facts, row.get("problem", ""), row["response"], chars)
     print("=" * 100, f"{len(rows)} of {n_match:,} rows of {path}", sep="\n")
 
 

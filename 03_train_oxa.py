@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import handover
 from common import die
 
 # --------------------------------------------------------------------------------------------------- configuration
@@ -63,7 +64,7 @@ def config(argv=None):
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "train", argv)
-    common.require_loggers(args)
+    handover.require_loggers(args)
     for name in ("epochs", "ce_per_step", "ul_per_step", "token_budget"):
         if getattr(args, name) < 1:
             die(f"--{name.replace('_', '-')} must be at least 1")
@@ -77,14 +78,14 @@ def tokenize(args, tokenizer, max_positions: int) -> None:
     """Stream the training set once into OUT/tokens.bin (int32, end to end) and OUT/tokens.npz (borders, starts, ids), so that
     memory does not grow with the text and all ranks map one file. Too long is dropped and counted, never cut."""
     out = Path(args.out)
-    data_hash = common.sha256_file(args.data)
+    data_hash = handover.sha256_file(args.data)
     if (out / "tokens.npz").exists() and str(np.load(out / "tokens.npz")["data_hash"]) == data_hash:
         return
     end_of_turn = tokenizer.convert_tokens_to_ids(common.END_OF_TURN)
     lengths, starts, is_ul, sids, dropped = [], [], [], [], []
     fields = {"sid": str, "problem": str, "response": str, "objective": str}
     with open(out / "tokens.bin", "wb") as file:
-        for row in tqdm(common.read_jsonl(args.data, fields), desc="tokenize", unit=" rows", mininterval=2):
+        for row in tqdm(handover.read_jsonl(args.data, fields), desc="tokenize", unit=" rows", mininterval=2):
             if row["objective"] not in ("ce", "ul"):
                 die(f"{args.data}: row {row['sid']} has objective '{row['objective']}', expected 'ce' or 'ul'")
             prompt = common.render_prompt(tokenizer, row["problem"])
@@ -245,7 +246,7 @@ def train(args):
     dist = common.init_distributed()
     out = Path(args.out)
     if dist.rank == 0:
-        common.start_output(out / "metrics.jsonl", "metrics", args, [args.data],
+        handover.start_output(out / "metrics.jsonl", "metrics", args, [args.data],
                             may_differ=("stop_at", "save_every", "keep", "peak_tflops", "wandb", "tensorboard"))
     if (out / "final" / "config.json").exists():
         if dist.rank == 0:
@@ -274,7 +275,7 @@ def train(args):
         quantiles = np.quantile(data.lengths, [0, 0.5, 0.9, 1]).astype(int).tolist()
         print(f"{len(data.ce)} ce + {len(data.ul)} ul sequences, tokens min/median/p90/max {quantiles}; {n_steps} steps on "
               f"{dist.world} x {dist.device}" + (f"; going on after step {step} ({checkpoint})" if checkpoint else ""))
-        metrics = common.Metrics(out, step, args, args.wandb, args.tensorboard)
+        metrics = handover.Metrics(out, step, args, args.wandb, args.tensorboard)
 
     stop = []                                             # Ctrl-C or SIGTERM: finish the step, save, leave
     for name in (signal.SIGINT, signal.SIGTERM):

@@ -41,6 +41,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import handover
 import engines
 import verifier
 
@@ -93,7 +94,7 @@ def config(argv=None):
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "rlvr", argv)
-    common.require_loggers(args)
+    handover.require_loggers(args)
     for name in ("prompts_per_step", "rollouts", "epochs", "max_response_tokens", "updates_per_batch", "save_every"):
         if getattr(args, name) < 1:
             common.die(f"--{name.replace('_', '-')} must be at least 1")
@@ -133,7 +134,7 @@ def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
     response, would make the problem a silent zero.
     """
     rows = {row["pid"]: dict(row, prompt_ids=common.render_prompt(tokenizer, row["problem"]))
-            for row in common.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)})}
+            for row in handover.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)})}
     fitting = [row for row in rows.values() if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     golds = [row["answer"] if isinstance(row["answer"], str) else row["answer"][0] for row in fitting]
     itself, other = (verifier.verify_many([(f"</think>\\boxed{{{text}}}", row["answer"]) for text, row in zip(texts, fitting)],
@@ -446,7 +447,7 @@ def main(argv=None):
     if args.prompts_per_step < dist.world:
         common.die(f"--prompts-per-step {args.prompts_per_step} cannot be shared by {dist.world} ranks")
     if dist.rank == 0:
-        common.start_output(out / "rollouts.jsonl", "rollouts", args, [args.problems], MAY_DIFFER)
+        handover.start_output(out / "rollouts.jsonl", "rollouts", args, [args.problems], MAY_DIFFER)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 
@@ -473,8 +474,8 @@ def main(argv=None):
     engine.sync(model)
     save = lambda: common.save_checkpoint(out, f"step-{done:06d}", model, tokenizer, optimizer, args.keep, dist, step=done)
     if dist.rank == 0:
-        metrics = common.Metrics(out, done, args, args.wandb, args.tensorboard)
-        rollout_log = common.step_log(out / "rollouts.jsonl", done)
+        metrics = handover.Metrics(out, done, args, args.wandb, args.tensorboard)
+        rollout_log = handover.step_log(out / "rollouts.jsonl", done)
     say(f"{args.prompts_per_step} problems x {args.rollouts} rollouts a step, {n_steps} steps on {dist.world} x {dist.device}"
         + (f"; going on after step {done} ({checkpoint})" if checkpoint else ""), flush=True)
 

@@ -39,7 +39,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common as c
+import common
+import handover
 import stats
 import verifier
 
@@ -48,7 +49,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def parse(argv=None):
-    p = c.make_parser(__doc__)
+    p = common.make_parser(__doc__)
     p.add_argument("--model", help="checkpoint; not needed to grade again or to look at stored responses")
     p.add_argument("--problems", nargs="+", required=True, help="one problems.jsonl a benchmark: pid, problem, answer")
     p.add_argument("--out", required=True, help="directory of the results; continued if it holds some")
@@ -66,7 +67,7 @@ def parse(argv=None):
     p.add_argument("--second-grader", choices=["math-verify"], help="grade with this too and list the disagreements")
     p.add_argument("--show", type=int, default=0, metavar="N", help="print N random responses of each benchmark")
     p.add_argument("--show-pid", nargs="*", default=[], metavar="PID", help="with --show: only of these problems")
-    return c.parse_args(p, "eval", argv)
+    return common.parse_args(p, "eval", argv)
 
 
 # ------------------------------------------------------------------------------------------------------- benchmarks
@@ -77,50 +78,28 @@ class Benchmark:
 
     def __init__(self, path, out):
         self.source, self.name = Path(path), Path(path).name.removesuffix(".jsonl")
-        self.problems = list(c.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)}))
+        self.problems = list(handover.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)}))
         self.pids = [row["pid"] for row in self.problems]
         repeated = [pid for pid, times in Counter(self.pids).items() if times > 1]
         if repeated:
-            c.die(f"{path}: pid {repeated[0]} appears more than once")
+            common.die(f"{path}: pid {repeated[0]} appears more than once")
         self.answers = {row["pid"]: row["answer"] for row in self.problems}
         self.rows, self.entropy = Path(out) / f"{self.name}.jsonl", Path(out) / f"{self.name}.entropy.jsonl"
+
+    def merge(self):
+        """Rank 0, while nobody writes: every rank's rows into one file, in the order of the problems and of k."""
+        place = {pid: i for i, pid in enumerate(self.pids)}
+        handover.merge_parts(self.rows, ("pid", "k"), lambda key: (place.get(key[0], len(place)), key[1]))
+        handover.merge_parts(self.entropy, "pid", lambda pid: place.get(pid, len(place)))
 
     def sorted_rows(self):
         """Stored rows, each key once, in the order of the problems file and then of k."""
         place = {pid: i for i, pid in enumerate(self.pids)}
-        rows = {(row["pid"], row["k"]): row for row in c.read_jsonl(self.rows, {"pid": str, "k": int, "response": str})}
+        rows = {(row["pid"], row["k"]): row for row in handover.read_jsonl(self.rows, {"pid": str, "k": int, "response": str})}
         strange = [pid for pid, _ in rows if pid not in place]
         if strange:
-            c.die(f"{self.rows} has responses to problem {strange[0]}, which {self.source} has not")
+            common.die(f"{self.rows} has responses to problem {strange[0]}, which {self.source} has not")
         return [rows[key] for key in sorted(rows, key=lambda key: (place[key[0]], key[1]))]
-
-
-def part_path(path, rank: int):
-    """Where a rank appends while others append elsewhere."""
-    return path.with_name(path.name.removesuffix(".jsonl") + f".rank{rank}.jsonl")
-
-
-def merge_parts(path, key):
-    """Move the rows of every rank's part into `path` (rank 0, while nobody writes); a key is taken once."""
-    parts = sorted(path.parent.glob(path.name.removesuffix(".jsonl") + ".rank*.jsonl"))
-    if not parts:
-        return
-    have, whole = c.append_jsonl(path, key)
-    with whole:
-        for part in parts:
-            c.append_jsonl(part, key)[1].close()                              # cuts off a half-written last line
-            for row in c.read_jsonl(part) if part.stat().st_size else ():
-                row_key = tuple(row[name] for name in key)
-                if row_key not in have:
-                    have.add(row_key)
-                    whole.write(row)
-            part.unlink()
-
-
-def stored_keys(path, key):
-    if not path.exists() or not path.stat().st_size:
-        return set()
-    return {tuple(row[name] for name in key) for row in c.read_jsonl(path)}
 
 
 # ------------------------------------------------------------------------------------------------------ 1. generate
@@ -130,15 +109,15 @@ def samples_a_problem(bench, args):
     """--n, or the benchmark's own of --n-of."""
     own = dict(pair.partition("=")[::2] for pair in args.n_of).get(bench.name, str(args.n))
     if not own.isdigit() or int(own) < 1:
-        c.die(f"--n-of takes NAME=N with N at least 1, not {bench.name}={own}")
+        common.die(f"--n-of takes NAME=N with N at least 1, not {bench.name}={own}")
     return int(own)
 
 
 def missing_samples(bench, args):
     """[(problem row, k)] still to be drawn."""
-    have, n = stored_keys(bench.rows, ("pid", "k")), samples_a_problem(bench, args)
+    have, n = handover.stored_keys(bench.rows, ("pid", "k")), samples_a_problem(bench, args)
     if any(k >= n for _, k in have):
-        c.die(f"{bench.rows} holds {max(k for _, k in have) + 1} samples a problem, more than --n {n}: "
+        common.die(f"{bench.rows} holds {max(k for _, k in have) + 1} samples a problem, more than --n {n}: "
               "give that --n, or another --out")
     return [(row, k) for row in bench.problems for k in range(n) if (row["pid"], k) not in have]
 
@@ -148,23 +127,23 @@ def generate(benches, missing, args, dist):
 
     A row keeps its token ids where entropy will be measured: a text does not always encode to the tokens it came from.
     """
-    tokenizer = c.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(args.model)
     requests = [(bench, row, k) for bench in benches for row, k in missing[bench.name]][dist.rank::dist.world]
     if not requests:
         return
-    encoded = {text: c.render_prompt(tokenizer, text) for text in {row["problem"] for _, row, _ in requests}}
+    encoded = {text: common.render_prompt(tokenizer, text) for text in {row["problem"] for _, row, _ in requests}}
     prompts = [encoded[row["problem"]] for _, row, _ in requests]
     from engines import make_engine
     longest = max(map(len, prompts)) + args.max_tokens
     engine = make_engine(args.engine, args.model, longest, device=dist.device, sleep=True)
-    writers = {bench.name: c.append_jsonl(part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
-    seeds = [c.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
+    writers = {bench.name: handover.append_jsonl(handover.part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
+    seeds = [common.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
     with tqdm(total=len(requests), desc="generate", unit="resp", disable=dist.rank > 0, mininterval=2) as progress:
         for i, done in engine.generate(prompts, seeds, args.temperature, args.top_p, args.max_tokens, progress):
             bench, row, k = requests[i]
             kept = {"ids": list(map(int, done.ids))} if k < args.entropy_samples else {}
             writers[bench.name].write({
-                "pid": row["pid"], "k": k, "seed": seeds[i], "response": c.decode_response(tokenizer, done.ids),
+                "pid": row["pid"], "k": k, "seed": seeds[i], "response": common.decode_response(tokenizer, done.ids),
                 "n_tokens": len(done.ids), "finish": done.finish,
                 "predicted": None, "correct": None, "status": UNGRADED, **kept})
     engine.sleep()                                                            # the card is free for the entropy's model
@@ -181,33 +160,28 @@ def measure_entropy(bench, model, tokenizer, args, dist):
 
     The unit of work is a problem, packed alone, so that no bit depends on its neighbours or on a restart.
     """
-    have = stored_keys(bench.entropy, ("pid",))
-    todo = [row for row in bench.problems if (row["pid"],) not in have][dist.rank::dist.world]
+    have = handover.stored_keys(bench.entropy, "pid")
+    todo = [row for row in bench.problems if row["pid"] not in have][dist.rank::dist.world]
     samples = {row["pid"]: [] for row in todo}
-    for row in c.read_jsonl(bench.rows):
+    for row in handover.read_jsonl(bench.rows):
         if row["pid"] in samples and row["k"] < args.entropy_samples:
             samples[row["pid"]].append((row["k"], row["ids"]))
-    with c.append_jsonl(part_path(bench.entropy, dist.rank), ("pid",))[1] as writer:
+    with handover.append_jsonl(handover.part_path(bench.entropy, dist.rank), "pid")[1] as writer:
         for row in tqdm(todo, desc=f"entropy {bench.name}", unit="problem", disable=dist.rank > 0, mininterval=2):
-            prompt = c.render_prompt(tokenizer, row["problem"])
+            prompt = common.render_prompt(tokenizer, row["problem"])
             sequences = [(prompt + ids, len(prompt)) for _, ids in sorted(samples[row["pid"]])]
             lengths = [len(ids) for ids, _ in sequences]
             total, n_tokens = 0.0, 0
-            for indices in c.plan_packs(lengths, max(args.token_budget, *lengths))[0]:
-                _, entropy = c.token_logprobs(model, c.pack([sequences[i] for i in indices], dist.device), entropy=True)
+            for indices in common.plan_packs(lengths, max(args.token_budget, *lengths))[0]:
+                _, entropy = common.token_logprobs(model, common.pack([sequences[i] for i in indices], dist.device), entropy=True)
                 total, n_tokens = total + entropy.double().sum().item(), n_tokens + len(entropy)
             writer.write({"pid": row["pid"], "entropy": total / n_tokens, "n_entropy_tokens": n_tokens})
 
 
-def sorted_entropy(bench):
-    """Stored entropies by problem, in the order of the problems file; {} if they are not there for every problem."""
-    stored = {row["pid"]: row for row in c.read_jsonl(bench.entropy)} if bench.entropy.exists() else {}
-    if not set(bench.pids) <= set(stored):
-        return {}
-    stored = {pid: stored[pid] for pid in bench.pids}
-    with c.replace_file(bench.entropy) as file:
-        file.writelines(json.dumps(row) + "\n" for row in stored.values())
-    return stored
+def stored_entropy(bench):
+    """Stored entropies by problem; {} if they are not there for every problem."""
+    stored = {row["pid"]: row for row in handover.read_jsonl(bench.entropy)} if bench.entropy.exists() else {}
+    return stored if set(bench.pids) <= set(stored) else {}
 
 
 # --------------------------------------------------------------------------------------------------------- 3. grade
@@ -219,7 +193,7 @@ def grade(bench, args):
     drawn = Counter(row["pid"] for row in rows)
     short = [pid for pid in bench.pids if drawn[pid] < max(drawn.values())]
     if short:
-        c.die(f"{bench.rows} lacks responses to problem {short[0]}: complete it with --model")
+        common.die(f"{bench.rows} lacks responses to problem {short[0]}: complete it with --model")
     todo = [i for i, row in enumerate(rows) if args.regrade or row["status"] == UNGRADED]
     verdicts = verifier.verify_many([(rows[i]["response"], bench.answers[rows[i]["pid"]]) for i in todo],
                                     workers=args.verify_workers) if todo else []
@@ -230,7 +204,7 @@ def grade(bench, args):
         rows[i].update(predicted=verdict.predicted, correct=verdict.correct, status=status)
         if old["status"] != UNGRADED and any(old[name] != rows[i][name] for name in ("predicted", "correct", "status")):
             changed.append((old, rows[i]))
-    with c.replace_file(bench.rows) as file:
+    with handover.replace_file(bench.rows) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return rows, changed
 
@@ -240,7 +214,7 @@ def math_verify_grader():
     try:
         from math_verify import parse as parse_math, verify as verify_math
     except ImportError:
-        c.die("--second-grader math-verify needs the package 'math-verify': pip install 'math-verify[antlr4_13_2]'")
+        common.die("--second-grader math-verify needs the package 'math-verify': pip install 'math-verify[antlr4_13_2]'")
 
     def judge(response, answer):
         predicted = parse_math(response.rsplit("</think>", 1)[1]) if "</think>" in response else []
@@ -260,7 +234,7 @@ def second_opinion(bench, rows, judge, out):
                 differing.append({"pid": row["pid"], "k": row["k"], "answer": bench.answers[row["pid"]],
                                   "predicted": row["predicted"], "correct": row["correct"], "second": second})
     path = out / f"{bench.name}.disagreements.jsonl"
-    with c.replace_file(path) as file:
+    with handover.replace_file(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in differing)
     print(f"{bench.name}: the second grader disagrees on {len(differing)} of {len(rows)} responses; listed in {path}")
     for row in differing[:10]:
@@ -347,18 +321,14 @@ def print_table(results):
 
 def show_responses(bench, rows, args):
     """N responses to read: random (by --seed), or of the chosen problems."""
-    plain = c.printable
     chosen = [row for row in rows if not args.show_pid or row["pid"] in args.show_pid]
     chosen = random.Random(args.seed).sample(chosen, min(args.show, len(chosen)))
     text_of = {row["pid"]: row["problem"] for row in bench.problems}
     for row in chosen:
         verdict = {True: "correct", False: "wrong", None: "unknown"}[row["correct"]]
-        response = plain(row["response"])
-        if len(response) > 1600:
-            response = f"{response[:800]}\n    … {len(response) - 1600} characters …\n{response[-800:]}"
-        print(f"\n──── {bench.name} · {row['pid']} · k={row['k']} · {verdict} ({row['status']}) · predicted "
-              f"{plain(str(row['predicted']))} · answer {plain(str(bench.answers[row['pid']]))} · {row['n_tokens']} "
-              f"tokens, finish {row['finish']}\n{plain(text_of[row['pid']])}\n····\n{response}")
+        handover.print_row((bench.name, row["pid"], f"k={row['k']}", f"{verdict} ({row['status']})", f"predicted {row['predicted']}",
+                            f"answer {bench.answers[row['pid']]}", f"{row['n_tokens']} tokens", row["finish"]),
+                           text_of[row["pid"]], row["response"])
 
 
 def finish(benches, args, out, seconds):
@@ -369,11 +339,11 @@ def finish(benches, args, out, seconds):
     results = json.loads(results_path.read_text()) if results_path.exists() else {"benchmarks": {}}
     for bench in benches:
         rows, changed = grade(bench, args)
-        table = problem_table(bench, rows, sorted_entropy(bench))
-        with c.replace_file(out / f"{bench.name}.problems.jsonl") as file:
+        table = problem_table(bench, rows, stored_entropy(bench))
+        with handover.replace_file(out / f"{bench.name}.problems.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in table)
-        made = c.read_meta(bench.rows)["args"]                               # the settings that drew the responses
-        c.write_meta(bench.rows, "eval", argparse.Namespace(**made), [bench.source, *weight_files(made["model"])],
+        made = handover.read_meta(bench.rows)["args"]                               # the settings that drew the responses
+        handover.write_meta(bench.rows, "eval", argparse.Namespace(**made), [bench.source, *weight_files(made["model"])],
                      rows=len(rows), model=made["model"], seed=made["seed"], grader=grader_name(),
                      regraded=args.regrade)
         result = summarise(rows, table)
@@ -387,12 +357,12 @@ def finish(benches, args, out, seconds):
         results["benchmarks"][bench.name] = result
         if args.show:
             show_responses(bench, rows, args)
-    results = {"schema": "results", "schema_version": c.SCHEMA_VERSION, "grader": grader_name(),
+    results = {"schema": "results", "schema_version": handover.SCHEMA_VERSION, "grader": grader_name(),
                **{name: made[name] for name in ("model", "temperature", "top_p", "max_tokens", "seed", "engine")},
                "seconds": {name: results.get("seconds", {}).get(name, 0) + seconds.get(name, 0)
                            for name in ("generate", "entropy")},
                "benchmarks": results["benchmarks"]}
-    with c.replace_file(results_path) as file:
+    with handover.replace_file(results_path) as file:
         json.dump(results, file, indent=1)
     print_table(results)
     print(f"results: {results_path}")
@@ -407,28 +377,27 @@ def grader_name():
 
 
 def weight_files(model):
-    return sorted(Path(c.model_dir(model)).glob("*.safetensors")) if Path(model).exists() else []
+    return sorted(Path(common.model_dir(model)).glob("*.safetensors")) if Path(model).exists() else []
 
 
 def main(argv=None):
     args = parse(argv)
     if args.n < 1 or args.max_tokens < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
-        c.die("--n and --max-tokens must be at least 1, --top-p in (0, 1], --temperature at least 0")
+        common.die("--n and --max-tokens must be at least 1, --top-p in (0, 1], --temperature at least 0")
     args.entropy_samples = min(args.entropy_samples, args.n)
     out = Path(args.out)
     benches = [Benchmark(path, out) for path in args.problems]
     if len({bench.name for bench in benches}) < len(benches):
-        c.die("two --problems files have the same name, so their results would overwrite each other")
-    dist, seconds = c.init_distributed(patience_hours=24), {}
+        common.die("two --problems files have the same name, so their results would overwrite each other")
+    dist, seconds = common.init_distributed(patience_hours=24), {}
     if dist.rank == 0:
         for bench in benches:
-            merge_parts(bench.rows, ("pid", "k"))
-            merge_parts(bench.entropy, ("pid",))
-    c.barrier()
+            bench.merge()
+    common.barrier()
     if args.regrade or args.model is None:                                  # what is stored, whatever its number
         for bench in benches:
             if not bench.rows.exists():
-                c.die(f"{bench.rows} does not exist: --model is needed to draw responses")
+                common.die(f"{bench.rows} does not exist: --model is needed to draw responses")
     else:
         seconds = draw_and_measure(benches, args, dist)
     if dist.rank == 0:
@@ -441,33 +410,33 @@ def draw_and_measure(benches, args, dist):
     missing = {bench.name: missing_samples(bench, args) for bench in benches}
     n_missing = sum(map(len, missing.values()))
     unmeasured = [bench for bench in benches if args.entropy_samples
-                  and len(stored_keys(bench.entropy, ("pid",))) < len(bench.pids)]
+                  and len(handover.stored_keys(bench.entropy, "pid")) < len(bench.pids)]
     if dist.rank == 0:
         for bench in benches:
-            c.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(
+            handover.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(
                 "problems", "n", "n_of", "token_budget", "verify_workers", "regrade", "second_grader", "show",
                 "show_pid"))
-    c.barrier()
+    common.barrier()
     start = time.time()
     if n_missing:
         generate(benches, missing, args, dist)
-        c.barrier()
+        common.barrier()
         if dist.rank == 0:
             for bench in benches:
-                merge_parts(bench.rows, ("pid", "k"))
-        c.barrier()
+                bench.merge()
+        common.barrier()
         seconds["generate"] = time.time() - start
     if unmeasured:
         start = time.time()
         dtype = torch.bfloat16 if dist.device.startswith("cuda") else torch.float32
-        model = c.load_model(args.model, dtype, dist.device)
-        tokenizer = c.load_tokenizer(args.model)
+        model = common.load_model(args.model, dtype, dist.device)
+        tokenizer = common.load_tokenizer(args.model)
         for bench in unmeasured:
             measure_entropy(bench, model, tokenizer, args, dist)
-        c.barrier()
+        common.barrier()
         if dist.rank == 0:
             for bench in unmeasured:
-                merge_parts(bench.entropy, ("pid",))
+                bench.merge()
         seconds["entropy"] = time.time() - start
     return seconds
 

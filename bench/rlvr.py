@@ -43,11 +43,12 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     import common
+    import handover
     import verifier
     rlvr = importlib.import_module("04_rlvr")
     tokenizer = common.load_tokenizer(args.model)
     tokenizer.eos_token = common.END_OF_TURN
-    problems = list(common.read_jsonl(args.data))
+    problems = list(handover.read_jsonl(args.data))
     ordered = [problems[i] for s in range(1, args.steps + 1) for i in rlvr.prompts_of_step(len(problems), PROMPTS, 42, s)]
     text = [tokenizer.decode(common.render_prompt(tokenizer, p["problem"])) for p in ordered]
     assert all(tokenizer(t)["input_ids"] == common.render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))

@@ -43,11 +43,11 @@ def grpo_with_shuffled_rewards(argv):
 
 def traces(data, seed):
     """One trace of each query at random, as 02 select --arm sft would pick from the verified ones."""
-    import common
+    import handover
     import verifier
     rng = random.Random(seed)
     with open(data / "train.jsonl", "w") as file:
-        for i, row in enumerate(common.read_jsonl(data / "teacher_source.jsonl")):
+        for i, row in enumerate(handover.read_jsonl(data / "teacher_source.jsonl")):
             right = [r for r in row["DeepSeek-R1_Response_List"] if verifier.verify(r, row["answer"]).correct]
             if right:
                 file.write(json.dumps({"sid": str(i), "pid": str(i), "problem": row["query"], "response": rng.choice(right),

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import handover
 
 stage = importlib.import_module("02_verify_score")
 
@@ -37,7 +38,7 @@ def responses(tokenizer, n: int, mixed: bool) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"], check=True,
                        stdout=subprocess.DEVNULL)
-        texts = [text for row in common.read_jsonl(Path(folder) / "teacher_source.jsonl")
+        texts = [text for row in handover.read_jsonl(Path(folder) / "teacher_source.jsonl")
                  for text in row["DeepSeek-R1_Response_List"]]
     if not mixed:
         return texts[:n]

@@ -25,10 +25,10 @@ PER_STEP, LR, SKIP = 32, 1e-3, 5
 
 def make_data(folder: Path, model: str):
     """1,500 toy traces as a training set, one per query."""
-    import common
+    import handover
     subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
     with open(folder / "train.jsonl", "w") as file:
-        for i, row in enumerate(common.read_jsonl(folder / "teacher_source.jsonl")):
+        for i, row in enumerate(handover.read_jsonl(folder / "teacher_source.jsonl")):
             responses = row["DeepSeek-R1_Response_List"]
             file.write(json.dumps({"sid": str(i), "pid": str(i), "problem": row["query"], "response": responses[i % len(responses)],
                                    "objective": "ce"}) + "\n")
@@ -37,8 +37,9 @@ def make_data(folder: Path, model: str):
 
 def sequences(args):
     import common
+    import handover
     tokenizer = common.load_tokenizer(args.model)
-    for row in common.read_jsonl(args.data):
+    for row in handover.read_jsonl(args.data):
         prompt = common.render_prompt(tokenizer, row["problem"])
         yield prompt + common.encode_response(tokenizer, row["response"]), len(prompt)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import handover
 import engines
 from conftest import make_model
 
@@ -192,11 +193,11 @@ def test_sync_copies_the_trainers_weights(tiny_model_dir, tmp_path):
 def test_jsonl_repairs_a_torn_line_and_goes_on(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"pid": "a", "k": 0}\n{"pid": "a", "k": 1}\n{"pid": "a", "k"')
-    done, writer = common.append_jsonl(path, ("pid", "k"))
+    done, writer = handover.append_jsonl(path, ("pid", "k"))
     with writer:
         writer.write({"pid": "a", "k": 2})
-    assert done == {("a", 0), ("a", 1)}
-    assert [r["k"] for r in common.read_jsonl(path, {"pid": str, "k": int})] == [0, 1, 2]
+    assert done == {("a", 0): 0, ("a", 1): 21}, "keys, and where their rows start"
+    assert [r["k"] for r in handover.read_jsonl(path, {"pid": str, "k": int})] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("text,message", [("", "is empty"), ('{"pid": 1}\n', "is int, expected str"), ("{}\n", "is missing"),
@@ -204,7 +205,7 @@ def test_jsonl_repairs_a_torn_line_and_goes_on(tmp_path):
 def test_bad_jsonl_is_one_sentence_and_exit_2(tmp_path, capsys, text, message):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        list(common.read_jsonl(tmp_path / "x.jsonl", {"pid": str}))
+        list(handover.read_jsonl(tmp_path / "x.jsonl", {"pid": str}))
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -227,12 +228,12 @@ def test_recipe_gives_defaults_flags_override_and_unknown_keys_are_refused(tmp_p
 def test_output_begun_with_other_settings_is_not_mixed(tmp_path):
     path = tmp_path / "s.jsonl"
     args = common.argparse.Namespace(n=2, out=str(path), workers=1)
-    common.start_output(path, "samples", args, may_differ=("workers",))
+    handover.start_output(path, "samples", args, may_differ=("workers",))
     path.write_text('{"sid": "a"}\n')
-    common.start_output(path, "samples", common.argparse.Namespace(n=2, out="x", workers=9), may_differ=("workers",))
+    handover.start_output(path, "samples", common.argparse.Namespace(n=2, out="x", workers=9), may_differ=("workers",))
     with pytest.raises(SystemExit):
-        common.start_output(path, "samples", common.argparse.Namespace(n=3, out="x", workers=1))
-    assert json.loads(common.meta_path(path).read_text())["schema"] == "samples"
+        handover.start_output(path, "samples", common.argparse.Namespace(n=3, out="x", workers=1))
+    assert json.loads(handover.meta_path(path).read_text())["schema"] == "samples"
 
 
 def test_response_tokens_end_with_the_end_of_turn_and_markup_in_the_text_stays_text(tiny_tokenizer):
@@ -245,4 +246,4 @@ def test_response_tokens_end_with_the_end_of_turn_and_markup_in_the_text_stays_t
 
 
 def test_control_characters_cannot_drive_the_terminal():
-    assert common.printable("x\x1b[2J\r é\n√") == "x\\x1b[2J\\r é\n√"
+    assert handover.printable("x\x1b[2J\r é\n√") == "x\\x1b[2J\\r é\n√"

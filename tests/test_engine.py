@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, make_model
 
 import common
+import handover
 import engines
 
 vllm_only = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -218,7 +219,7 @@ def test_vllm_gives_the_same_samples_and_grades_through_01_and_05(tmp_path, caps
             ["model", *same, "--problems", str(problems), "--max-prompt-tokens", "300", "--out",
              str(tmp_path / f"{engine}.jsonl")])
         importlib.import_module("05_eval").main([*same, "--problems", str(problems), "--out", str(tmp_path / engine)])
-        samples, graded = (list(common.read_jsonl(path)) for path in (tmp_path / f"{engine}.jsonl",
+        samples, graded = (list(handover.read_jsonl(path)) for path in (tmp_path / f"{engine}.jsonl",
                                                                       tmp_path / engine / "id.jsonl"))
         got[engine] = [(r["response"], r["finish"], r["n_tokens"]) for r in samples], [
             (r["response"], r["predicted"], r["correct"], r["status"]) for r in graded]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import common as c
+import handover
 import stats
 
 evaluate = importlib.import_module("05_eval")
@@ -117,7 +118,7 @@ def finished(tiny_model_dir, tmp_path_factory):
 
 def test_rows_and_results(finished, tiny_model_dir, tiny_tokenizer):
     out, paths = finished
-    rows = list(c.read_jsonl(out / "a.jsonl"))
+    rows = list(handover.read_jsonl(out / "a.jsonl"))
     assert [(row["pid"], row["k"]) for row in rows] == [(f"p{i}", k) for i in range(5) for k in range(3)]
     assert all(row["seed"] == c.request_seed(42, row["pid"], row["k"]) and row["status"] != "ungraded" for row in rows)
     assert len({row["response"] for row in rows}) > 10
@@ -136,10 +137,10 @@ def test_entropy_equals_a_plain_forward(finished, tiny_model_dir, tiny_tokenizer
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     out, paths = finished
-    rows = list(c.read_jsonl(out / "a.jsonl"))
-    table = {row["pid"]: row for row in c.read_jsonl(out / "a.problems.jsonl")}
+    rows = list(handover.read_jsonl(out / "a.jsonl"))
+    table = {row["pid"]: row for row in handover.read_jsonl(out / "a.problems.jsonl")}
     means = []
-    for problem in c.read_jsonl(paths[0]):
+    for problem in handover.read_jsonl(paths[0]):
         prompt = c.render_prompt(tiny_tokenizer, problem["problem"])
         values = []
         for row in rows:
@@ -157,7 +158,7 @@ def test_entropy_equals_a_plain_forward(finished, tiny_model_dir, tiny_tokenizer
 def test_stopped_anywhere_it_ends_with_the_same_bytes(finished, tiny_model_dir, tmp_path):
     """Left-overs of a kill: half of the rows, ungraded, in a rank's part, the last one cut short; no entropy yet."""
     out, paths = finished
-    rows = [dict(row, predicted=None, correct=None, status="ungraded") for row in c.read_jsonl(out / "a.jsonl")]
+    rows = [dict(row, predicted=None, correct=None, status="ungraded") for row in handover.read_jsonl(out / "a.jsonl")]
     random.Random(0).shuffle(rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:8])
     (tmp_path / "a.rank3.jsonl").write_text(lines[:-20])
@@ -179,7 +180,7 @@ def test_more_samples_keep_the_old_ones(finished, tiny_model_dir, tmp_path):
     out, paths = finished
     evaluate.main(flags(tiny_model_dir, tmp_path, paths[1], n=2, entropy_samples=1))
     evaluate.main(flags(tiny_model_dir, tmp_path, paths[1], n=3, entropy_samples=1))
-    text = lambda folder: [(row["pid"], row["k"], row["response"]) for row in c.read_jsonl(folder / "b.jsonl")]
+    text = lambda folder: [(row["pid"], row["k"], row["response"]) for row in handover.read_jsonl(folder / "b.jsonl")]
     assert text(tmp_path) == text(out)
 
 
@@ -214,7 +215,7 @@ def test_equal_pids_in_two_benchmarks_are_two_problems(tiny_model_dir, tmp_path)
              for name, text in (("a", "2+2?"), ("b", "what is the fourth root of 256, please?"))]
     evaluate.main(flags(tiny_model_dir, tmp_path / "out", *paths, n=2))
     evaluate.main(flags(tiny_model_dir, tmp_path / "alone", paths[1], n=2))
-    responses = lambda folder: [row["response"] for row in c.read_jsonl(tmp_path / folder / "b.jsonl")]
+    responses = lambda folder: [row["response"] for row in handover.read_jsonl(tmp_path / folder / "b.jsonl")]
     assert responses("out") == responses("alone")
 
 
@@ -253,7 +254,7 @@ def test_unknown_is_counted_apart_and_not_as_correct(tmp_path):
 def test_regrade_lists_what_changed(tmp_path, capsys):
     path, out = stored(tmp_path, COUNTS)
     regrade(path, out)
-    before = [row["response"] for row in c.read_jsonl(out / "hand.jsonl")]
+    before = [row["response"] for row in handover.read_jsonl(out / "hand.jsonl")]
     mended = [{"pid": pid, "problem": "2+2?", "answer": "5" if pid == "y" else "4"} for pid in COUNTS]
     write_rows(path, mended)
     capsys.readouterr()
@@ -261,12 +262,12 @@ def test_regrade_lists_what_changed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 of 12 verdicts changed" in printed and "y k=1: False" in printed
     assert result["pass_at_1"]["value"] == pytest.approx((0.5 + 0.75 + 1) / 3)
-    assert [row["response"] for row in c.read_jsonl(out / "hand.jsonl")] == before
+    assert [row["response"] for row in handover.read_jsonl(out / "hand.jsonl")] == before
 
 
 def test_show_makes_control_characters_visible(tmp_path, capsys):
     path, out = stored(tmp_path, {"x": ["right"]})
-    rows = [dict(row, response="<think>\x1b[2J\u202e</think>\\boxed{4}") for row in c.read_jsonl(out / "hand.jsonl")]
+    rows = [dict(row, response="<think>\x1b[2J\u202e</think>\\boxed{4}") for row in handover.read_jsonl(out / "hand.jsonl")]
     write_rows(out / "hand.jsonl", rows)
     regrade(path, out, "--show", "1")
     printed = capsys.readouterr().out
@@ -284,7 +285,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
     bench = evaluate.Benchmark(path, out)
     rows, _ = evaluate.grade(bench, evaluate.parse(["--problems", str(path), "--out", str(out), "--regrade"]))
     assert evaluate.second_opinion(bench, rows, lambda response, answer: "4" in response, out) == 2   # open and no_box
-    assert {row["pid"] for row in c.read_jsonl(out / "hand.disagreements.jsonl")} == {"x", "y"}
+    assert {row["pid"] for row in handover.read_jsonl(out / "hand.disagreements.jsonl")} == {"x", "y"}
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import common
+import handover
 import engines
 import verifier
 from conftest import ROOT, make_model
@@ -48,7 +49,7 @@ def configure(*more, model="m", problems="p", out="o"):
 
 def run(model, problems, out, *more):
     rlvr.main(["--model", str(model), "--problems", str(problems), "--out", str(out), *BASIC, *map(str, more)])
-    return list(common.read_jsonl(Path(out) / "metrics.jsonl"))
+    return list(handover.read_jsonl(Path(out) / "metrics.jsonl"))
 
 
 def fixed_rollouts(n_groups, group, seed=0, vocabulary=259, longest=9, shift=0.3):
@@ -302,7 +303,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny_model_dir, problems, u
     run(tiny_model_dir, problems, out, "--max-steps", "4", "--save-every", "2")
     assert products(out) == products(uninterrupted)
     metrics = [[row[k] for k in ("step", "reward", "loss", "kl", "grad_norm", "entropy")]
-               for directory in (out, uninterrupted) for row in common.read_jsonl(directory / "metrics.jsonl")]
+               for directory in (out, uninterrupted) for row in handover.read_jsonl(directory / "metrics.jsonl")]
     assert metrics[:4] == metrics[4:]
 
 
@@ -382,7 +383,7 @@ def test_degenerate_models_are_survived_and_counted(tmp_path, problems, token, t
         assert row["reward"] == row["reward_unknown"] == 0 and row["groups_uniform"] == 1 and row["truncated"] == cut
         assert row["response_tokens_mean"] == tokens
         assert all(math.isfinite(x) for x in row.values())
-    rollouts = list(common.read_jsonl(tmp_path / "out" / "rollouts.jsonl"))
+    rollouts = list(handover.read_jsonl(tmp_path / "out" / "rollouts.jsonl"))
     assert {r["status"] for r in rollouts} == {status} and {r["finish"] for r in rollouts} == {"length" if cut else "stop"}
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
 
@@ -443,7 +444,7 @@ def two_minded(tmp_path_factory):
     home = tmp_path_factory.mktemp("two_minded")
     path, tokenizer = make_model(home / "model"), common.load_tokenizer(home / "model")
     problems = write_problems(home / "problems.jsonl", ["42"] * 10)
-    rows = list(common.read_jsonl(problems))
+    rows = list(handover.read_jsonl(problems))
     model, generator = common.load_model(path, trainable=True), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     random = lambda n: int(torch.randint(n, (), generator=generator))
@@ -490,9 +491,9 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, tiny_model_dir, problems
                            "--model", str(tiny_model_dir), "--problems", str(problems), "--out", str(tmp_path / "two"), *BASIC, *flags],
                           capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    two = list(common.read_jsonl(tmp_path / "two" / "metrics.jsonl"))
+    two = list(handover.read_jsonl(tmp_path / "two" / "metrics.jsonl"))
     for name in ("response_tokens_mean", "reward", "truncated", "entropy", "loss", "grad_norm"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-3, abs=1e-6), name
-    theirs = {(row["step"], row["pid"], row["g"]): row["response"] for row in common.read_jsonl(tmp_path / "one" / "rollouts.jsonl")}
-    for row in common.read_jsonl(tmp_path / "two" / "rollouts.jsonl"):     # rank 0's share
+    theirs = {(row["step"], row["pid"], row["g"]): row["response"] for row in handover.read_jsonl(tmp_path / "one" / "rollouts.jsonl")}
+    for row in handover.read_jsonl(tmp_path / "two" / "rollouts.jsonl"):     # rank 0's share
         assert row["response"] == theirs[row["step"], row["pid"], row["g"]]

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, make_model
 
 import common
+import handover
 import sources
 
 sample = importlib.import_module("01_sample")
@@ -110,7 +111,7 @@ def test_problem_set_is_recognised_and_wrong_shapes_are_refused(name, tmp_path, 
         (f"What is {i} + 1?", str(i + 1), "good") for i in range(3)]
     if name != "problems":
         assert made[0]["pid"] == sources.problem_id("What is 0 + 1?") and len({r["pid"] for r in made}) == 3
-    assert common.read_meta(tmp_path / "p.jsonl")["rows"] == 3
+    assert handover.read_meta(tmp_path / "p.jsonl")["rows"] == 3
 
     lost = sources.SOURCES[name].answer
     bad = write(tmp_path / "lost.jsonl", [{k: v for k, v in r.items() if k != lost} for r in rows])
@@ -287,7 +288,7 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
     assert [r["sid"] for r in rows] == [f"p{i}:self:{k}" for i in range(4) for k in range(3)]
     assert len({r["response"] for r in rows}) > 6 and all(r["n_tokens"] <= 12 for r in rows)
     assert rows[0]["seed"] == common.request_seed(42, "p0", 0)
-    meta = common.read_meta(tmp_path / "a.jsonl")
+    meta = handover.read_meta(tmp_path / "a.jsonl")
     assert meta["rows"] == 12 and sum(meta["finish"].values()) == 12 and meta["n_failed"] == 0
     whole = (tmp_path / "a.jsonl").read_bytes()
 
@@ -302,6 +303,10 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
     run(*args, "--out", tmp_path / "c.jsonl", torchrun=2)
     assert (tmp_path / "c.jsonl").read_bytes() == whole
     assert "begun with other settings" in inside(capsys, *args, "--temperature", 1, "--out", out, ok=False)
+    out.rename(tmp_path / "b.rank0.jsonl")                               # killed before anything was merged
+    assert "begun with other settings" in inside(capsys, *args, "--temperature", 1, "--out", out, ok=False)
+    inside(capsys, *args, "--out", out)
+    assert out.read_bytes() == whole
 
 
 def test_a_failed_rank_ends_the_job_with_its_own_message(tmp_path, tiny_model_dir, problem_file):

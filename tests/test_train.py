@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import handover
 from conftest import ROOT, byte_tokenizer, make_model
 
 train = importlib.import_module("03_train_oxa")
@@ -160,7 +161,7 @@ def test_a_run_that_is_killed_or_stopped_ends_bit_for_bit_like_one_that_is_not(w
     assert third.returncode == 0 and "going on after step" in third.stdout, third.stderr
     whole, broken = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
-    losses = [[r["loss"] for r in common.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "broken")]
+    losses = [[r["loss"] for r in handover.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "broken")]
     assert losses[0] == losses[1] and len(losses[0]) == 60
     assert "nothing to do" in launch(arguments(world, tmp_path / "broken", *common_arguments)).stdout
 
@@ -170,7 +171,7 @@ def test_training_promotes_and_suppresses(world, tmp_path):
     for weight in ("0.0", "1.0"):
         run = tmp_path / weight
         train.train(train.config(arguments(world, run, "--ul-weight", weight, "--epochs", "8", "--lr", "3e-3")))
-        rows = list(common.read_jsonl(run / "metrics.jsonl"))
+        rows = list(handover.read_jsonl(run / "metrics.jsonl"))
         last[weight] = rows[-1]
         assert rows[-1]["ce_loss"] < 0.5 * rows[0]["ce_loss"]
     assert last["1.0"]["ul_loss"] < 0.9 * last["0.0"]["ul_loss"]

@@ -37,6 +37,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common as c
+import handover
 import stats
 from toy import world
 
@@ -105,8 +106,8 @@ def load_run(path, which):
                 if not (folder / arm / evaluation / "results.json").exists():
                     continue
                 for b in json.loads((folder / arm / evaluation / "results.json").read_text())["benchmarks"]:
-                    texts = c.read_jsonl(folder / "data" / f"{b}.jsonl", {"pid": str, "problem": str})
-                    rows = c.read_jsonl(folder / arm / evaluation / f"{b}.jsonl", {"pid": str, "response": str})
+                    texts = handover.read_jsonl(folder / "data" / f"{b}.jsonl", {"pid": str, "problem": str})
+                    rows = handover.read_jsonl(folder / arm / evaluation / f"{b}.jsonl", {"pid": str, "response": str})
                     found = count_styles(rows, {row["pid"]: row["problem"] for row in texts}, which)
                     counts.setdefault((arm, when), {}).setdefault(b, {})[seed] = found
                     benchmarks += [b] * (b not in benchmarks)
@@ -236,9 +237,9 @@ def measure_entropies(run, base, n_samples):
                 where = base if arm == "base" else folder / arm / model
                 if not Path(where).exists():
                     c.die(f"{where} does not exist: entropy is measured with the model that wrote the responses")
-                problems = {row["pid"]: row["problem"] for row in c.read_jsonl(folder / "data" / f"{b}.jsonl")}
+                problems = {row["pid"]: row["problem"] for row in handover.read_jsonl(folder / "data" / f"{b}.jsonl")}
                 path = folder / arm / evaluation / f"{b}.jsonl"
-                rows = [row for row in c.read_jsonl(path, {"k": int}) if row["k"] < n_samples]
+                rows = [row for row in handover.read_jsonl(path, {"k": int}) if row["k"] < n_samples]
                 if not all("ids" in row for row in rows):
                     c.die(f"{path} keeps the tokens of fewer than {n_samples} samples a problem: lower --entropy-samples")
                 samples = [(problems[row["pid"]], row["ids"]) for row in rows]
@@ -264,7 +265,7 @@ def measures_of(folders, k=8):
     for path in sorted(Path(folders[0]).glob("*.problems.jsonl")):
         values = {}
         for folder in folders:
-            table = list(c.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
+            table = list(handover.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
             k_here = min(k, *(row["n"] for row in table))
             for name, column in (("Pass@1", [row["n_correct"] / row["n"] for row in table]),
                                  (f"Pass@{k_here}", [stats.pass_at_k(row["n"], row["n_correct"], k_here) for row in table]),
@@ -292,7 +293,7 @@ def load_ablation(run, name):
         for folder in own.values():
             if not (folder / "eval" / "results.json").exists():
                 c.die(f"{run.path / 'ablations'} has values of {name}, but the run's own arm {folder} has no evaluation")
-        value = float(c.read_meta(own[seeds[0]] / sidecar)["args"][name])
+        value = float(handover.read_meta(own[seeds[0]] / sidecar)["args"][name])
         folders[value] = {seed: folder / "eval" for seed, folder in own.items()}
     points = {v: measures_of([of_seed[seed] for seed in seeds]) for v, of_seed in folders.items()}
     return seeds, value, dict(sorted(points.items()))
@@ -509,8 +510,8 @@ def training_sets(run, name, seeds) -> str:
     values, n_rows = {}, []
     for path in sorted((run.path / "ablations" / f"seed-{seeds[0]}").glob(f"{name}-*/train.jsonl")):
         value = path.parent.name.removeprefix(f"{name}-")
-        values.setdefault(c.sha256_file(path), []).append(value)
-        n_rows.append(f"{value}: {c.read_meta(path)['rows']}")
+        values.setdefault(handover.sha256_file(path), []).append(value)
+        n_rows.append(f"{value}: {handover.read_meta(path)['rows']}")
     same = "".join(f" Values {' and '.join(same)} select the same training set: one point, not {len(same)}."
                    for same in values.values() if len(same) > 1)
     return (f" Examples: {', '.join(n_rows)}." if n_rows else "") + same
@@ -547,7 +548,7 @@ def main(argv=None):
     matplotlib.rcParams.update({"font.size": 9})
     sections = list(explain(args))
     out = Path(args.run) / "explain.json"
-    with c.replace_file(out) as file:
+    with handover.replace_file(out) as file:
         json.dump(sections, file, indent=1, ensure_ascii=False)
     print(f"{out}: {len(sections)} sections, {sum(len(s['figures']) for s in sections)} figures")
 
