@@ -288,8 +288,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = training_step(module, data, batch, args, dist)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        grad_norm = common.clip_gradient(model, args.grad_clip)
         ce, ul, entropy_ce, entropy_ul, n_ce, n_ul = sums.tolist()
         if not math.isfinite(ce + ul + grad_norm):
             if dist.rank == 0:

@@ -17,6 +17,7 @@ Deliberate simplifications
 - Rollouts are drawn with top-p 1: with less, the engine's distribution is not the trainer's and every ratio is biased.
 - Policy, old policy and reference are taken at the sampling temperature, softmax(logits / T): the distribution that acted.
 - Prompts are split over the ranks, each with its own engine; a group never crosses ranks, denominators always do.
+- Short rollouts of a problem share a pack, which reads their prompt once: the numbers are those of reading it each time.
 - Steps are synchronous: no rollout is older than the weights it trains. Constant learning rate, no reward shaping, no replay.
 
     python 04_rlvr.py --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr                       one process (CPU or one card)
@@ -181,7 +182,7 @@ def give_rewards(rollouts, answers: dict, args):
 def plan(rollouts, args) -> list[list[Rollout]]:
     """Micro-batches: lists of rollouts that hold at most --token-budget tokens, prompts included.
 
-    Short rollouts of one problem stay together, up to half of the budget, because a pack reads their prompt once.
+    Short rollouts of one problem stay together, up to half of the budget: a pack reads their prompt once.
     """
     bundles, sizes = [], []
     for r in rollouts:
@@ -348,8 +349,7 @@ def update(policy, optimizer, rollouts, step: int, args, dist, interrupts) -> di
     history = []
     for k in range(args.updates_per_batch):
         stats = backward(policy, rollouts, args, dist)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-        stats["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        stats["grad_norm"] = common.clip_gradient(policy, args.grad_clip)
         if not all(map(math.isfinite, stats.values())):
             path = Path(args.out) / f"bad_batch.rank-{dist.rank}.json"
             path.write_text(json.dumps({"step": step, "rollouts": [[r.pid, r.g, r.advantage, len(r.ids)] for r in rollouts]}))

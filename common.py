@@ -480,6 +480,12 @@ def distribute(module: torch.nn.Module, dist: Dist, shard: bool = False) -> torc
     return module
 
 
+def clip_gradient(model, largest: float) -> float:
+    """Scale the gradient to a norm of at most `largest`; returns the norm it had, over all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
 @contextlib.contextmanager
 def gradient_sync(module, last: bool):
     """Around forward AND backward of a micro-batch: gradients are exchanged only in the last one of a step."""

@@ -21,6 +21,7 @@ import verifier
 from conftest import ROOT, make_model
 
 rlvr = importlib.import_module("04_rlvr")
+rlvr_learns = importlib.import_module("bench.rlvr_learns")
 BASIC = ["--prompts-per-step", "4", "--rollouts", "4", "--max-response-tokens", "12", "--lr", "1e-3", "--verify-workers", "1"]
 
 
@@ -466,14 +467,7 @@ def two_minded(tmp_path_factory):
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeypatch, shuffled):
     if shuffled:     # as many rewards as before, but not for the rollouts that earned them
-        honest, generator = rlvr.give_rewards, torch.Generator().manual_seed(0)
-
-        def give_shuffled_rewards(rollouts, *rest):
-            honest(rollouts, *rest)
-            rewards = [r.reward for r in rollouts]
-            for r, k in zip(rollouts, torch.randperm(len(rewards), generator=generator).tolist()):
-                r.reward = rewards[k]
-        monkeypatch.setattr(rlvr, "give_rewards", give_shuffled_rewards)
+        monkeypatch.setattr(rlvr, "give_rewards", rlvr_learns.shuffled(rlvr.give_rewards))
     model, problems = two_minded
     rows = run(model, problems, tmp_path / "out", "--prompts-per-step", "8", "--rollouts", "8", "--max-response-tokens", "30",
                "--lr", "1e-3", "--max-steps", "10", "--temperature", "1", "--eval-every", "10", "--eval-problems", str(problems))
