@@ -34,7 +34,6 @@ does not grow with the text.
 import array
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -126,32 +125,6 @@ def configuration(argv=None):
     return args
 
 
-# -------------------------------------------------------------------------------------------- blocks to resume at
-
-def unfinished_blocks(rows, done: set, n_done: int, size: int):
-    """Yield (block, n_old) for each block of `size` rows that the output does not hold whole; its first n_old it has.
-
-    Blocks are counted from the start of the input whatever is done already, so a resumed run packs, and so computes,
-    bit for bit what an uninterrupted one does. `done`: the n_done sids in the output (empty on ranks that write none).
-    """
-    rows, seen, start = iter(rows), set(), 0
-    while block := list(itertools.islice(rows, size)):
-        n_old = min(max(n_done - start, 0), len(block))
-        for i, row in enumerate(block):
-            if row["sid"] in seen:
-                die(f"sid {row['sid']} occurs twice in the input; every response needs its own")
-            if done and i < n_old and row["sid"] not in done:
-                die(f"the output holds other rows than the input ({row['sid']} is not there); choose another --out")
-            seen.add(row["sid"])
-        start += len(block)
-        if n_old < len(block):
-            yield block, n_old
-    if not seen:
-        die("no row of the input is left to work on")
-    if n_done > start:
-        die(f"the output holds {n_done} rows, the input {start}; remove the output or choose another --out")
-
-
 # -------------------------------------------------------------------------------------------------- verify
 
 
@@ -171,7 +144,7 @@ def verify(args):
         print(f"{args.out}: going on after {len(done):,} rows", flush=True)
         counts.update((LABEL[row["correct"]], row["status"]) for row in handover.read_jsonl(args.out, VERDICT, text=False))
     with out, tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5) as progress:
-        for block, n_old in unfinished_blocks(handover.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
+        for block, n_old in handover.unfinished_blocks(handover.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
             block = block[n_old:]
             for row in block:
                 if row["pid"] not in problems:
@@ -267,7 +240,7 @@ def score(args):
 
     fields = SAMPLE | VERDICT | ({"problem": str} if args.ppl_context == "prompt" else {})
     rows = filter(keep, handover.read_jsonl(args.samples, fields))
-    blocks = unfinished_blocks(rows, done, n_done, args.block)
+    blocks = handover.unfinished_blocks(rows, done, n_done, args.block)
 
     def prepare():
         """The next block and the tokens of this rank's share of it: by length, dealt in turn, so shares are alike."""

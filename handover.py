@@ -1,7 +1,8 @@
 """Hand-overs: the JSONL files between the stages, read and written so that a kill loses nothing and a mistake is one sentence.
 
     read     read_jsonl, located_rows (each with its offset, if need be without its text)
-    append   append_jsonl goes on where a killed run stopped; part_path and merge_parts where several ranks write
+    append   append_jsonl goes on where a killed run stopped, unfinished_blocks with the input's blocks it lacks;
+             part_path and merge_parts where several ranks write
     replace  replace_file, for what is a function of a whole file
     sidecar  X.meta.json beside X.jsonl: what made it; start_output refuses to mix two settings in one file
     logs     one line a step (Metrics), cut back on resume to the step that goes on
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -84,6 +86,7 @@ def read_jsonl(path, fields: dict | None = None, text: bool = True):
 
 # ------------------------------------------------------------------------------------------------------ append, replace
 
+
 class JsonlWriter:
     """Appends whole rows and flushes each, so that a kill loses at most the row being written."""
 
@@ -102,7 +105,7 @@ class JsonlWriter:
 
 
 def key_of(row: dict, key):
-    """`key`: a field name, or a tuple of them."""
+    """What tells rows apart; `key`: a field name, or a tuple of them."""
     return row[key] if isinstance(key, str) else tuple(row[name] for name in key)
 
 
@@ -131,6 +134,30 @@ def stored_keys(path, key) -> set:
     """Keys of the rows of an output, none if there is no output."""
     some = Path(path).exists() and Path(path).stat().st_size
     return {key_of(row, key) for row in read_jsonl(path, text=False)} if some else set()
+
+
+def unfinished_blocks(rows, done, n_done: int, size: int):
+    """Yield (block, n_old) for each block of `size` rows that the output does not hold whole; its first n_old it has.
+
+    Blocks are counted from the start of the input whatever is done already, so a resumed run packs, and so computes,
+    bit for bit what an uninterrupted one does. `done`: the n_done sids in the output (empty on ranks that write none).
+    """
+    rows, seen, start = iter(rows), set(), 0
+    while block := list(itertools.islice(rows, size)):
+        n_old = min(max(n_done - start, 0), len(block))
+        for i, row in enumerate(block):
+            if row["sid"] in seen:
+                die(f"sid {row['sid']} occurs twice in the input; every response needs its own")
+            if done and i < n_old and row["sid"] not in done:
+                die(f"the output holds other rows than the input ({row['sid']} is not there); choose another --out")
+            seen.add(row["sid"])
+        start += len(block)
+        if n_old < len(block):
+            yield block, n_old
+    if not seen:
+        die("no row of the input is left to work on")
+    if n_done > start:
+        die(f"the output holds {n_done} rows, the input {start}; remove the output or choose another --out")
 
 
 def part_path(path, rank) -> Path:
@@ -182,6 +209,7 @@ def replace_file(path):
 
 
 # ------------------------------------------------------------------------------------------------------------- sidecars
+
 
 SCHEMA_VERSION = 1
 
@@ -240,6 +268,7 @@ def start_output(path, schema: str, args, inputs=(), may_differ=()):
 
 
 # ----------------------------------------------------------------------------------------------------- logs, and a look
+
 
 def step_log(path, step: int) -> JsonlWriter:
     """A log whose rows have a `step`, opened to go on after `step`: what a killed run wrote of later ones is dropped."""
