@@ -184,16 +184,15 @@ def plan(rollouts, args) -> list[list[Rollout]]:
 
     Short rollouts of one problem stay together, up to half of the budget: a pack reads their prompt once.
     """
-    bundles, sizes = [], []
+    size = lambda members: sum(len(r.prompt_ids) + len(r.ids) for r in members)
+    bundles = []
     for r in rollouts:
-        size = len(r.prompt_ids) + len(r.ids)
-        if bundles and bundles[-1][0].pid == r.pid and sizes[-1] + size <= args.token_budget // 2:
+        if bundles and bundles[-1][0].pid == r.pid and size(bundles[-1] + [r]) <= args.token_budget // 2:
             bundles[-1].append(r)
-            sizes[-1] += size
         else:
             bundles.append([r])
-            sizes.append(size)
-    return [[r for i in indices for r in bundles[i]] for indices in common.plan_packs(sizes, args.token_budget)[0]]
+    packs = common.plan_packs([size(bundle) for bundle in bundles], args.token_budget)[0]
+    return [[r for i in indices for r in bundles[i]] for indices in packs]
 
 
 def lay_out(members, device) -> common.Pack:

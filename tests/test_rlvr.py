@@ -191,6 +191,18 @@ def test_on_policy_ratio_is_one_and_an_old_policy_pass_changes_nothing(tiny_mode
     torch.testing.assert_close(g0, g1, rtol=1e-4, atol=1e-6 * float(g0.abs().max()) + 1e-7)
 
 
+@pytest.mark.parametrize("budget, together", [(140, True), (20, False)])
+def test_rollouts_of_a_problem_share_a_pack_that_reads_their_prompt_once_where_they_are_short(budget, together):
+    rollouts = fixed_rollouts(8, 4)
+    packs = rlvr.plan(rollouts, configure("--token-budget", budget))
+    size = lambda members: sum(len(r.prompt_ids) + len(r.ids) for r in members)
+    assert sorted(id(r) for members in packs for r in members) == sorted(map(id, rollouts)) and len(packs) > 1
+    assert all(size(members) <= budget for members in packs)
+    shared = sum(size(members) - len(rlvr.lay_out(members, "cpu").input_ids) for members in packs)
+    once = sum(3 * len(rollouts[i].prompt_ids) for i in range(0, len(rollouts), 4))
+    assert shared == once if together else 0 < shared < once
+
+
 # ------------------------------------------------------------------------------------------------------------ 1 prompts
 
 def test_prompts_of_a_step_are_a_function_of_seed_and_step():
