@@ -5,7 +5,8 @@
 The same problems in the same order, 16 x 8 rollouts a step, at most 160 new tokens, temperature 0.85, the same verifier as reward,
 KL 0.001 against the start, token-mean loss, AdamW, float32, one thread. TRL generates with transformers' `generate` and is run with
 its whole batch in one forward, in micro-batches of 32, and with transformers' continuous batching. Each run has its own process. The
-first 2 steps are left out of the times. The table gives medians over steps and rounds, and the ratio within the round.
+first 2 steps are left out of the times. The table gives medians over steps and rounds, and the ratio within the round. Each round
+has a seed of its own, the same for all; rewards are means over rounds.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def run_ours(args):
     subprocess.run([sys.executable, ROOT / "04_rlvr.py", "--model", args.model, "--problems", args.data, "--out", out, "--lr", str(LR),
                     "--prompts-per-step", str(PROMPTS), "--rollouts", str(GROUP), "--max-response-tokens", str(MAX_TOKENS),
                     "--temperature", str(TEMPERATURE), "--kl-coef", str(KL), "--max-steps", str(args.steps), "--token-budget", "4096",
-                    "--engine", "hf", "--verify-workers", "1", "--save-every", "1000", "--log-rollouts", "0"],
+                    "--seed", str(args.seed), "--engine", "hf", "--verify-workers", "1", "--save-every", "1000", "--log-rollouts", "0"],
                    check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     return [{"total": r["seconds"], **{p: r[f"seconds_{p}"] for p in PHASES}} for r in rows], [r["reward"] for r in rows]
@@ -49,7 +50,7 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
     tokenizer = common.load_tokenizer(args.model)
     tokenizer.eos_token = common.END_OF_TURN
     problems = list(handover.read_jsonl(args.data))
-    ordered = [problems[i] for s in range(1, args.steps + 1) for i in rlvr.prompts_of_step(len(problems), PROMPTS, 42, s)]
+    ordered = [problems[i] for s in range(1, args.steps + 1) for i in rlvr.prompts_of_step(len(problems), PROMPTS, args.seed, s)]
     text = [tokenizer.decode(common.render_prompt(tokenizer, p["problem"])) for p in ordered]
     assert all(tokenizer(t)["input_ids"] == common.render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))
     data = Dataset.from_dict({"prompt": text, "answer": [p["answer"] for p in ordered]})
@@ -62,7 +63,7 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
                         max_completion_length=MAX_TOKENS, temperature=TEMPERATURE, top_p=1.0, top_k=0, beta=KL, loss_type="dapo",
                         scale_rewards="group", epsilon=0.2, learning_rate=LR, weight_decay=0.01, max_grad_norm=1.0,
                         lr_scheduler_type="constant", optim="adamw_torch_fused", shuffle_dataset=False, logging_steps=1, report_to=[],
-                        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=0,
+                        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=args.seed,
                         use_transformers_continuous_batching=continuous)
     marks, rewards, spent = [], [], collections.Counter()
 
@@ -111,6 +112,7 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "toy/base"), help="a toy model, best one that 03 has fine-tuned")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=42, help="of the first round (default 42)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     for hidden in ("--only", "--data", "--scratch"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -129,13 +131,15 @@ def main():
             rounds.append({})
             for name in args.variants:
                 out = subprocess.run([sys.executable, __file__, "--model", args.model, "--steps", str(args.steps), "--only", name,
+                                      "--seed", str(args.seed + number),
                                       "--data", scratch + "/rlvr.jsonl", "--scratch", scratch], capture_output=True, text=True,
                                      env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
                 if out.returncode:
                     print(f"{name} failed: {out.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                     continue
                 rounds[-1][name] = json.loads(out.stdout.strip().splitlines()[-1])
-                print(f"round {number + 1}: {name:16} {rounds[-1][name]['seconds']['total']:6.2f} s a step", flush=True)
+                reward = statistics.mean(rounds[-1][name]["rewards"])
+                print(f"round {number + 1}: {name:16} {rounds[-1][name]['seconds']['total']:6.2f} s a step, mean reward {reward:.3f}", flush=True)
         print(f"\n{'seconds a step':16} " + " ".join(f"{p:>9}" for p in ("total", *PHASES)) + "  it / ours   reward, first 3 -> last 3 steps")
         for name in args.variants:
             got = [r for r in rounds if name in r and "ours" in r]
