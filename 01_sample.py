@@ -55,7 +55,7 @@ def contamination(args):
                 rows += 1
     overlap.report(report_path(args.out))
     handover.write_meta(args.out, "problems", args, [args.problems, *args.benchmarks], rows,
-                      n_contaminated=len(overlap.dropped))
+                        n_contaminated=len(overlap.dropped))
 
 
 # ------------------------------------------------------------------------------------------ problems and teacher traces
@@ -407,6 +407,9 @@ def build_parser():
 
 def main(argv=None):
     args = common.parse_args(build_parser(), argv=argv)
+    common.at_least(args, n=1, max_tokens=1, max_prompt_tokens=1, positions=1, ngram=1, temperature=0, limit=0, boilerplate=0)
+    if not 0 < getattr(args, "top_p", 1) <= 1:
+        common.die(f"--top-p must lie in (0, 1], got {args.top_p}")
     {"problems": problems, "teacher": teacher, "model": model_samples, "contamination": contamination,
      "prepare-base": prepare_base}[args.command](args)
 

@@ -117,11 +117,8 @@ def configuration(argv=None):
     p.add_argument("--seed", type=int, default=42, help="of the random draw")
 
     args = common.parse_args(parser, argv=argv)
-    for name, value in vars(args).items():
-        if name in ("block", "n_ce", "n_ul", "cap", "ul_cap", "max_tokens_ul", "token_budget", "chars") and value < 1:
-            die(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if name in ("workers", "show", "min_tokens") and value < 0:
-            die(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    common.at_least(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1, max_score_tokens=1, token_budget=1, chars=1,
+                    workers=0, show=0, min_tokens=0)
     return args
 
 
@@ -170,7 +167,7 @@ def verify(args):
     if judged["unknown"]:
         print(f"  {judged['unknown']:,} could not be judged (correct: null): they go into no training set")
     handover.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
-                      status={f"{label}/{status}": c for (label, status), c in sorted(counts.items())})
+                        status={f"{label}/{status}": c for (label, status), c in sorted(counts.items())})
 
 
 # --------------------------------------------------------------------------------------------------- score
@@ -282,7 +279,7 @@ def score(args):
     print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than 2 tokens (ppl: null); "
           f"perplexity quantiles {spread}")
     handover.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored, scorer=args.model,
-                      ppl_quantiles=spread)
+                        ppl_quantiles=spread)
 
 
 # -------------------------------------------------------------------------------- select: the small columns
@@ -537,7 +534,7 @@ def select(args):
         if full:
             copy_rows(own, ul, "ul", file)
     handover.write_meta(args.out, "training", args, [args.teacher, args.self if full else None], rows=len(ce) + len(ul),
-                      **sets, **details, teacher=teacher.census(), self=own.census() if full else None)
+                        **sets, **details, teacher=teacher.census(), self=own.census() if full else None)
 
 
 # ----------------------------------------------------------------------------------------------------- show

@@ -51,7 +51,7 @@ def config(argv=None):
         help="'sequence': mean over sequences of their token means (paper); 'token': mean over all tokens")
     add("--warmup", type=float, default=0.03, help="share of the steps that warm up; then cosine to 0")
     add("--weight-decay", type=float, default=0.1, help="AdamW, on every parameter")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
     add("--max-tokens", type=int, default=32768, help="sequences (prompt + response) of this many tokens or more are dropped")
     add("--token-budget", type=int, default=32768, help="tokens in a micro-batch on one card")
     add("--seed", type=int, default=42, help="order of the data")
@@ -65,9 +65,8 @@ def config(argv=None):
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "train", argv)
     handover.require_loggers(args)
-    for name in ("epochs", "ce_per_step", "ul_per_step", "token_budget"):
-        if getattr(args, name) < 1:
-            die(f"--{name.replace('_', '-')} must be at least 1")
+    common.at_least(args, epochs=1, ce_per_step=1, ul_per_step=1, max_tokens=1, token_budget=1, lr=0, ul_weight=0, warmup=0,
+                    weight_decay=0, grad_clip=0, save_every=0, keep=1, stop_at=0, peak_tflops=0)
     return args
 
 
@@ -247,7 +246,7 @@ def train(args):
     out = Path(args.out)
     if dist.rank == 0:
         handover.start_output(out / "metrics.jsonl", "metrics", args, [args.data],
-                            may_differ=("stop_at", "save_every", "keep", "peak_tflops", "wandb", "tensorboard"))
+                              may_differ=("stop_at", "save_every", "keep", "peak_tflops", "wandb", "tensorboard"))
     if (out / "final" / "config.json").exists():
         if dist.rank == 0:
             print(f"{out / 'final'} is there: nothing to do")

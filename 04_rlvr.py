@@ -42,8 +42,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import handover
 import engines
+import handover
 import verifier
 
 CHECK_ROLLOUTS, CHECK_TOKENS = 4, 8     # the check after a weight sync: so many prefixes, each continued by so many tokens
@@ -80,7 +80,7 @@ def config(argv=None):
     add("--updates-per-batch", type=int, default=1, help="optimizer steps on each batch of rollouts")
     add("--lr", type=float, default=2e-6, help="AdamW's learning rate, constant")
     add("--weight-decay", type=float, default=0.01, help="AdamW, on every parameter")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
     add("--token-budget", type=int, default=32768, help="tokens in a micro-batch on one card, prompts included")
     add("--gradient-checkpointing", action="store_true", help="recompute activations in backward (long sequences)")
     add("--shard", action="store_true", help="fully_shard instead of DDP: for what one card cannot hold (7B)")
@@ -96,11 +96,13 @@ def config(argv=None):
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "rlvr", argv)
     handover.require_loggers(args)
-    for name in ("prompts_per_step", "rollouts", "epochs", "max_response_tokens", "updates_per_batch", "save_every"):
-        if getattr(args, name) < 1:
-            common.die(f"--{name.replace('_', '-')} must be at least 1")
-    if args.temperature <= 0 or (args.eval_every and not args.eval_problems):
-        common.die("--temperature must be above 0, and --eval-every needs --eval-problems")
+    common.at_least(args, prompts_per_step=1, rollouts=1, epochs=1, max_prompt_tokens=1, max_response_tokens=1, token_budget=1,
+                    updates_per_batch=1, save_every=1, keep=1, max_steps=0, clip_low=0, clip_high=0, kl_coef=0, tis_cap=0, lr=0,
+                    weight_decay=0, grad_clip=0, max_logp_gap=0, log_rollouts=0, eval_every=0, verify_workers=1)
+    if args.temperature <= 0 or (args.dual_clip and args.dual_clip <= 1):
+        common.die("--temperature must be above 0, and --dual-clip above 1 (or 0: none)")
+    if args.eval_every and not args.eval_problems:
+        common.die("--eval-every needs --eval-problems")
     return args
 
 

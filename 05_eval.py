@@ -67,7 +67,11 @@ def parse(argv=None):
     p.add_argument("--second-grader", choices=["math-verify"], help="grade with this too and list the disagreements")
     p.add_argument("--show", type=int, default=0, metavar="N", help="print N random responses of each benchmark")
     p.add_argument("--show-pid", nargs="*", default=[], metavar="PID", help="with --show: only of these problems")
-    return common.parse_args(p, "eval", argv)
+    args = common.parse_args(p, "eval", argv)
+    common.at_least(args, n=1, max_tokens=1, entropy_samples=0, token_budget=1, temperature=0, verify_workers=1, show=0)
+    if not 0 < args.top_p <= 1:
+        common.die(f"--top-p must lie in (0, 1], got {args.top_p}")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------- benchmarks
@@ -382,8 +386,6 @@ def weight_files(model):
 
 def main(argv=None):
     args = parse(argv)
-    if args.n < 1 or args.max_tokens < 1 or not 0 < args.top_p <= 1 or args.temperature < 0:
-        common.die("--n and --max-tokens must be at least 1, --top-p in (0, 1], --temperature at least 0")
     args.entropy_samples = min(args.entropy_samples, args.n)
     out = Path(args.out)
     benches = [Benchmark(path, out) for path in args.problems]

@@ -104,6 +104,14 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
     return args
 
 
+def at_least(args, **lowest):
+    """Dies if a flag is below the lowest value it may have (or no number): at_least(args, epochs=1, lr=0). A sub-command may
+    lack some of them."""
+    for name, low in lowest.items():
+        if not (value := getattr(args, name, low)) >= low:
+            die(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+
+
 # ---------------------------------------------------------------------------------------------------------- tokens
 
 # One text in training, RLVR and evaluation (PAPER: "Prompt").
@@ -461,12 +469,13 @@ def barrier():
 
 
 def distribute(module: torch.nn.Module, dist: Dist, shard: bool = False) -> torch.nn.Module:
-    """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split over ranks).
+    """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split over ranks). One rank has
+    nothing to split: neither.
 
     `module` must compute the loss in its own `forward`: a call past the wrapper would train on unsynchronised gradients.
     Both average gradients over ranks, so the loss is multiplied by the number of ranks.
     """
-    if shard:
+    if shard and dist.world > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         cuda = dist.device.startswith("cuda")
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()
@@ -481,8 +490,8 @@ def distribute(module: torch.nn.Module, dist: Dist, shard: bool = False) -> torc
 
 
 def clip_gradient(model, largest: float) -> float:
-    """Scale the gradient to a norm of at most `largest`; returns the norm it had, over all shards."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    """Scale the gradient to a norm of at most `largest` (0: no limit); returns the norm it had, over all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 

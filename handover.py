@@ -109,13 +109,22 @@ def key_of(row: dict, key):
     return row[key] if isinstance(key, str) else tuple(row[name] for name in key)
 
 
+def make_parent(path) -> Path:
+    """`path`, whose directory is there now."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        die(f"cannot write to {path.parent}: {error.strerror}")
+    return path
+
+
 def append_jsonl(path, key) -> tuple[dict, JsonlWriter]:
     """Open an output to go on with: ({key: offset of its row} of what is there, writer).
 
     A half-written last line, what a kill leaves behind, is cut off first.
     """
-    path, where, good = Path(path), {}, 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, where, good = make_parent(path), {}, 0
     if path.exists():
         with open(path, "rb+") as file:
             for number, line in enumerate(file, 1):
@@ -195,8 +204,7 @@ def merge_parts(path, key, order):
 @contextlib.contextmanager
 def replace_file(path):
     """A text file written beside `path` and renamed over it on success: readers see the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_parent(path)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -263,7 +271,7 @@ def start_output(path, schema: str, args, inputs=(), may_differ=()):
             changed.append("the input files")
         if changed:
             die(f"{path} was begun with other settings ({', '.join(changed)}); remove it or choose another --out")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     write_meta(path, schema, args, inputs, rows=None)
 
 

@@ -223,7 +223,7 @@ CASES = [(["--kl-coef", "0.1"], False, None), (["--skip-uniform-groups"], True, 
 def gradient_of(case, model, reference, dist):
     """The fixed rollouts through advantages, weights, reference and backward on this rank: (statistics, whole gradient)."""
     flags, lopsided, fault = case
-    args = configure(*(f for f in flags if dist.world > 1 or f != "--shard"), "--token-budget", "40" if dist.world > 1 else "99999")
+    args = configure(*flags, "--token-budget", "40" if dist.world > 1 else "99999")
     policy = common.distribute(rlvr.Policy(common.load_model(model, trainable=True), args), dist, args.shard)
     groups = rlvr.groups_of(fixed_rollouts(4, 4), args)
     mine = groups[dist.rank::dist.world]
@@ -441,6 +441,8 @@ def test_a_gold_that_cannot_be_parsed_is_dropped_before_the_run(tmp_path, tiny_m
     (["--max-response-tokens", "4096"], "max_position_embeddings"), (["--token-budget", "20"], "--token-budget"),
     (["--max-prompt-tokens", "3"], "0 usable problems"), (["--temperature", "0"], "--temperature"),
     (["--eval-every", "1"], "--eval-problems"), (["--rollouts", "0"], "--rollouts must be at least 1"),
+    (["--max-steps", "-1"], "--max-steps must be at least 0, got -1"), (["--dual-clip", "0.5"], "--dual-clip above 1"),
+    (["--kl-coef", "nan"], "--kl-coef must be at least 0, got nan"),
     (["--problems", "nowhere.jsonl"], "nowhere.jsonl does not exist")])
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:

@@ -166,6 +166,14 @@ def test_a_run_that_is_killed_or_stopped_ends_bit_for_bit_like_one_that_is_not(w
     assert "nothing to do" in launch(arguments(world, tmp_path / "broken", *common_arguments)).stdout
 
 
+def test_the_gradient_is_clipped_to_the_limit_and_0_is_no_limit():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    for limit, left in ((1.0, 1.0), (0.0, 5.0), (9.0, 5.0)):
+        layer.weight.grad = torch.tensor([[3.0, 4.0]])
+        assert common.clip_gradient(layer, limit) == 5.0
+        assert abs(float(layer.weight.grad.norm()) - left) < 1e-5
+
+
 def test_training_promotes_and_suppresses(world, tmp_path):
     last = {}
     for weight in ("0.0", "1.0"):
@@ -180,7 +188,8 @@ def test_training_promotes_and_suppresses(world, tmp_path):
 @pytest.mark.parametrize("change,message", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"), (["--model", "tests"], "is no model"),
     (["--token-budget", "20"], "--token-budget is 20"), (["--ce-per-step", "500"], "fewer than --ce-per-step 500"),
-    (["--max-tokens", "3"], "no sequence is shorter")])
+    (["--max-tokens", "3"], "no sequence is shorter"), (["--lr", "-1"], "--lr must be at least 0, got -1.0"),
+    (["--out", "README.md"], "cannot write to README.md")])
 def test_bad_input_is_one_sentence_and_exit_2(world, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
