@@ -407,9 +407,8 @@ def build_parser():
 
 def main(argv=None):
     args = common.parse_args(build_parser(), argv=argv)
-    common.at_least(args, n=1, max_tokens=1, max_prompt_tokens=1, positions=1, ngram=1, temperature=0, limit=0, boilerplate=0)
-    if not 0 < getattr(args, "top_p", 1) <= 1:
-        common.die(f"--top-p must lie in (0, 1], got {args.top_p}")
+    common.check_range(args, ["top_p", "gpu_memory"], n=1, max_tokens=1, max_prompt_tokens=1, positions=1, ngram=1, temperature=0,
+                       limit=0, boilerplate=0)
     {"problems": problems, "teacher": teacher, "model": model_samples, "contamination": contamination,
      "prepare-base": prepare_base}[args.command](args)
 

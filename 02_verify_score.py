@@ -117,8 +117,8 @@ def configuration(argv=None):
     p.add_argument("--seed", type=int, default=42, help="of the random draw")
 
     args = common.parse_args(parser, argv=argv)
-    common.at_least(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1, max_score_tokens=1, token_budget=1, chars=1,
-                    workers=0, show=0, min_tokens=0)
+    common.check_range(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1, max_score_tokens=1, token_budget=1, chars=1,
+                       workers=0, show=0, min_tokens=0)
     return args
 
 

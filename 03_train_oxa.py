@@ -65,8 +65,8 @@ def config(argv=None):
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "train", argv)
     handover.require_loggers(args)
-    common.at_least(args, epochs=1, ce_per_step=1, ul_per_step=1, max_tokens=1, token_budget=1, lr=0, ul_weight=0, warmup=0,
-                    weight_decay=0, grad_clip=0, save_every=0, keep=1, stop_at=0, peak_tflops=0)
+    common.check_range(args, epochs=1, ce_per_step=1, ul_per_step=1, max_tokens=1, token_budget=1, lr=0, ul_weight=0, warmup=0,
+                       weight_decay=0, grad_clip=0, save_every=0, keep=1, stop_at=0, peak_tflops=0)
     if args.warmup > 1:
         die(f"--warmup is a share of the steps, at most 1, got {args.warmup}")
     return args

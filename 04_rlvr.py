@@ -96,11 +96,13 @@ def config(argv=None):
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "rlvr", argv)
     handover.require_loggers(args)
-    common.at_least(args, prompts_per_step=1, rollouts=1, epochs=1, max_prompt_tokens=1, max_response_tokens=1, token_budget=1,
-                    updates_per_batch=1, save_every=1, keep=1, max_steps=0, clip_low=0, clip_high=0, kl_coef=0, tis_cap=0, lr=0,
-                    weight_decay=0, grad_clip=0, max_logp_gap=0, log_rollouts=0, eval_every=0, verify_workers=1)
-    if args.temperature <= 0 or (args.dual_clip and args.dual_clip <= 1):
-        common.die("--temperature must be above 0, and --dual-clip above 1 (or 0: none)")
+    common.check_range(args, ["gpu_memory"], prompts_per_step=1, rollouts=1, epochs=1, max_prompt_tokens=1, max_response_tokens=1,
+                       token_budget=1, updates_per_batch=1, save_every=1, keep=1, max_steps=0, clip_low=0, clip_high=0, kl_coef=0,
+                       tis_cap=0, lr=0, weight_decay=0, grad_clip=0, max_logp_gap=0, log_rollouts=0, eval_every=0, verify_workers=1)
+    if not args.temperature > 0:
+        common.die(f"--temperature must be above 0, got {args.temperature}")
+    if args.dual_clip and not args.dual_clip > 1:
+        common.die(f"--dual-clip must be above 1, or 0 for none, got {args.dual_clip}")
     if args.eval_every and not args.eval_problems:
         common.die("--eval-every needs --eval-problems")
     return args

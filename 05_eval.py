@@ -68,9 +68,7 @@ def parse(argv=None):
     p.add_argument("--show", type=int, default=0, metavar="N", help="print N random responses of each benchmark")
     p.add_argument("--show-pid", nargs="*", default=[], metavar="PID", help="with --show: only of these problems")
     args = common.parse_args(p, "eval", argv)
-    common.at_least(args, n=1, max_tokens=1, entropy_samples=0, token_budget=1, temperature=0, verify_workers=1, show=0)
-    if not 0 < args.top_p <= 1:
-        common.die(f"--top-p must lie in (0, 1], got {args.top_p}")
+    common.check_range(args, ["top_p"], n=1, max_tokens=1, entropy_samples=0, token_budget=1, temperature=0, verify_workers=1, show=0)
     return args
 
 

@@ -104,12 +104,15 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
     return args
 
 
-def at_least(args, **lowest):
-    """Dies if a flag is below the lowest value it may have (or no number): at_least(args, epochs=1, lr=0). A sub-command may
-    lack some of them."""
+def check_range(args, shares=(), **lowest):
+    """Dies if a flag is no number, below the lowest value it may have, or a share that is not in (0, 1]; a sub-command may lack
+    some of them. check_range(args, ["top_p"], epochs=1, lr=0)"""
     for name, low in lowest.items():
         if not (value := getattr(args, name, low)) >= low:
             die(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    for name in shares:
+        if not 0 < (value := getattr(args, name, 1)) <= 1:
+            die(f"--{name.replace('_', '-')} must lie in (0, 1], got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens

@@ -109,14 +109,11 @@ def key_of(row: dict, key):
     return row[key] if isinstance(key, str) else tuple(row[name] for name in key)
 
 
-def make_parent(path) -> Path:
-    """`path`, whose directory is there now."""
-    path = Path(path)
+def make_dir(path):
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        die(f"cannot write to {path.parent}: {error.strerror}")
-    return path
+        die(f"cannot make the directory {path}: {error.strerror}")
 
 
 def append_jsonl(path, key) -> tuple[dict, JsonlWriter]:
@@ -124,7 +121,8 @@ def append_jsonl(path, key) -> tuple[dict, JsonlWriter]:
 
     A half-written last line, what a kill leaves behind, is cut off first.
     """
-    path, where, good = make_parent(path), {}, 0
+    path, where, good = Path(path), {}, 0
+    make_dir(path.parent)
     if path.exists():
         with open(path, "rb+") as file:
             for number, line in enumerate(file, 1):
@@ -204,7 +202,8 @@ def merge_parts(path, key, order):
 @contextlib.contextmanager
 def replace_file(path):
     """A text file written beside `path` and renamed over it on success: readers see the old file or the whole new one."""
-    path = make_parent(path)
+    path = Path(path)
+    make_dir(path.parent)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -271,7 +270,7 @@ def start_output(path, schema: str, args, inputs=(), may_differ=()):
             changed.append("the input files")
         if changed:
             die(f"{path} was begun with other settings ({', '.join(changed)}); remove it or choose another --out")
-    make_parent(path)
+    make_dir(Path(path).parent)
     write_meta(path, schema, args, inputs, rows=None)
 
 

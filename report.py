@@ -750,7 +750,7 @@ def main(argv=None):
     args = parse(argv)
     run = load_run(args.run)
     out = Path(args.out or run.path / "report")
-    (out / "figures").mkdir(parents=True, exist_ok=True)
+    handover.make_dir(out / "figures")
     matplotlib.rcParams.update({"font.size": 9, "svg.hashsalt": "report", "svg.fonttype": "none"})
     pairs = [(arm, ref) for ref in (REFERENCE, *CONTROLS) for arm in MAIN_ARMS]
     worlds = []

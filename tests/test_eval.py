@@ -294,6 +294,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
     (["--out", "elsewhere"], "--model is needed"),
     (["--model", "nowhere/here"], "other settings"),
     (["--n", "0"], "at least 1"),
+    (["--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
     (["--model", "MODEL", "--n-of", "a=some"], "NAME=N"),
 ])
 def test_bad_input_is_one_sentence(finished, tiny_model_dir, capsys, change, sentence):

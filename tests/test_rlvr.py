@@ -439,9 +439,9 @@ def test_a_gold_that_cannot_be_parsed_is_dropped_before_the_run(tmp_path, tiny_m
 
 @pytest.mark.parametrize("flags, message", [
     (["--max-response-tokens", "4096"], "max_position_embeddings"), (["--token-budget", "20"], "--token-budget"),
-    (["--max-prompt-tokens", "3"], "0 usable problems"), (["--temperature", "0"], "--temperature"),
+    (["--max-prompt-tokens", "3"], "0 usable problems"), (["--temperature", "0"], "--temperature must be above 0"),
     (["--eval-every", "1"], "--eval-problems"), (["--rollouts", "0"], "--rollouts must be at least 1"),
-    (["--max-steps", "-1"], "--max-steps must be at least 0, got -1"), (["--dual-clip", "0.5"], "--dual-clip above 1"),
+    (["--max-steps", "-1"], "--max-steps must be at least 0, got -1"), (["--dual-clip", "0.5"], "--dual-clip must be above 1"),
     (["--kl-coef", "nan"], "--kl-coef must be at least 0, got nan"),
     (["--problems", "nowhere.jsonl"], "nowhere.jsonl does not exist")])
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems, capsys, flags, message):

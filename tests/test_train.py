@@ -188,8 +188,9 @@ def test_training_promotes_and_suppresses(world, tmp_path):
 @pytest.mark.parametrize("change,message", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"), (["--model", "tests"], "is no model"),
     (["--token-budget", "20"], "--token-budget is 20"), (["--ce-per-step", "500"], "fewer than --ce-per-step 500"),
-    (["--max-tokens", "3"], "no sequence is shorter"), (["--warmup", "100"], "--warmup is a share"), (["--lr", "-1"], "--lr must be at least 0, got -1.0"),
-    (["--out", "README.md"], "cannot write to README.md")])
+    (["--max-tokens", "3"], "no sequence is shorter"), (["--warmup", "100"], "--warmup is a share"),
+    (["--lr", "-1"], "--lr must be at least 0, got -1.0"),
+    (["--out", "README.md"], "cannot make the directory README.md")])
 def test_bad_input_is_one_sentence_and_exit_2(world, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
