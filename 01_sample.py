@@ -31,7 +31,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import handover
+from model import (check_positions, decode_response, encode_response, load_config, load_tokenizer,
+                   render_prompt, stop_ids)
 from engines import make_engine
 from sources import SOURCES, Overlap, read_source
 
@@ -48,13 +49,13 @@ def report_path(out):
 
 def contamination(args):
     overlap, rows = make_overlap(args), 0
-    with handover.replace_file(args.out) as file:
-        for row in handover.read_jsonl(args.problems, {"pid": str, "problem": str}):
+    with common.replace_file(args.out) as file:
+        for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}):
             if not overlap.hit(row["pid"], row["problem"]):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 rows += 1
     overlap.report(report_path(args.out))
-    handover.write_meta(args.out, "problems", args, [args.problems, *args.benchmarks], rows,
+    common.write_meta(args.out, "problems", args, [args.problems, *args.benchmarks], rows,
                         n_contaminated=len(overlap.dropped))
 
 
@@ -94,11 +95,11 @@ def problems(args):
     counts["kept"] = len(rows)
     if not rows:
         common.die(f"{args.source}: no usable problem ({dict(counts)})")
-    with handover.replace_file(args.out) as file:
+    with common.replace_file(args.out) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
     if overlap:
         overlap.report(report_path(args.out))
-    handover.write_meta(args.out, "problems", args, [args.source, *(args.benchmarks or [])], len(rows), counts=counts)
+    common.write_meta(args.out, "problems", args, [args.source, *(args.benchmarks or [])], len(rows), counts=counts)
     say(args.out, counts)
 
 
@@ -117,16 +118,16 @@ def teacher(args):
         if not args.problems:
             common.die("--answers join needs --problems (rows with pid and answer)")
         fields = {"pid": str, "answer": (str, list)}
-        known = {row["pid"]: row["answer"] for row in handover.read_jsonl(args.problems, fields)}
+        known = {row["pid"]: row["answer"] for row in common.read_jsonl(args.problems, fields)}
     elif args.answers == "column" and source.answer is None:
         common.die(f"{args.source} has no column of answers: give --answers join --problems P.jsonl, or, if all its "
                    "responses are known to be right, --answers boxed")
     if args.answers == "boxed":
-        from verifier import verify   # sympy takes a second to import: only where it is needed
-    tokenizer = common.load_tokenizer(args.model)
+        from grading.verifier import verify   # sympy takes a second to import: only where it is needed
+    tokenizer = load_tokenizer(args.model)
     inputs = [args.source, *(args.benchmarks or []), *([args.problems] if args.problems else [])]
-    handover.start_output(args.out, "samples", args, inputs)
-    written, writer = handover.append_jsonl(args.out, "sid")
+    common.start_output(args.out, "samples", args, inputs)
+    written, writer = common.append_jsonl(args.out, "sid")
     problem_rows, overlap, counts, n_of = {}, make_overlap(args), Counter(), Counter()
     with writer:
         for pid, problem, answer, responses in items:
@@ -155,18 +156,18 @@ def teacher(args):
                 if sid not in written:
                     response = restore_think(response)
                     writer.write({"sid": sid, "pid": pid, "source": source_name(args), "k": k, "seed": None,
-                                  "response": response, "n_tokens": len(common.encode_response(tokenizer, response)),
+                                  "response": response, "n_tokens": len(encode_response(tokenizer, response)),
                                   "finish": "stop"})
     if not counts["responses"]:
         common.die(f"{args.source}: no usable response ({dict(counts)})")
     counts["problems"] = len(problem_rows)
     if args.problems_out:
-        with handover.replace_file(args.problems_out) as file:
+        with common.replace_file(args.problems_out) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in problem_rows.values())
-        handover.write_meta(args.problems_out, "problems", args, inputs, len(problem_rows))
+        common.write_meta(args.problems_out, "problems", args, inputs, len(problem_rows))
     if overlap:
         overlap.report(report_path(args.out))
-    handover.write_meta(args.out, "samples", args, inputs, counts["responses"], counts=counts)
+    common.write_meta(args.out, "samples", args, inputs, counts["responses"], counts=counts)
     say(args.out, counts)
 
 
@@ -176,13 +177,13 @@ def teacher(args):
 def model_samples(args):
     """`--n` samples of every problem, split over the ranks of torchrun; a restart draws only what is missing."""
     dist = common.init_distributed(patience_hours=24)       # a rank may draw for hours after another is done
-    tokenizer = common.load_tokenizer(args.model, any_markup=True)
+    tokenizer = load_tokenizer(args.model, any_markup=True)
     out = Path(args.out)
     prompts, too_long = {}, 0
-    for row in handover.read_jsonl(args.problems, {"pid": str, "problem": str}):
+    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}):
         if args.limit and len(prompts) == args.limit:
             break
-        prompt = common.render_prompt(tokenizer, row["problem"])
+        prompt = render_prompt(tokenizer, row["problem"])
         if len(prompt) > args.max_prompt_tokens:
             too_long += 1
         else:
@@ -190,14 +191,14 @@ def model_samples(args):
     if not prompts:
         common.die(f"{args.problems}: every prompt is longer than --max-prompt-tokens {args.max_prompt_tokens}")
     longest = max(map(len, prompts.values())) + args.max_tokens
-    common.check_positions(common.load_config(args.model), longest, "the longest prompt with --max-tokens")
+    check_positions(load_config(args.model), longest, "the longest prompt with --max-tokens")
     keys = {f"{pid}:{args.name}:{k}": (pid, k) for pid in prompts for k in range(args.n)}
     place = {sid: i for i, sid in enumerate(keys)}.__getitem__
     if dist.rank == 0:
-        handover.start_output(out, "samples", args, [args.problems], may_differ=("kv_cache_gb", "gpu_memory"))
-        handover.merge_parts(out, "sid", place)                 # what a killed run left
+        common.start_output(out, "samples", args, [args.problems], may_differ=("kv_cache_gb", "gpu_memory"))
+        common.merge_parts(out, "sid", place)                 # what a killed run left
     common.barrier()
-    done = handover.stored_keys(out, "sid")
+    done = common.stored_keys(out, "sid")
     if dist.rank == 0:
         print(f"{len(prompts)} problems x {args.n} samples, {len(done)} of them there; {too_long} problems dropped "
               f"whose prompt is over {args.max_prompt_tokens} tokens", flush=True)
@@ -205,8 +206,8 @@ def model_samples(args):
     n_failed = draw(args, dist, tokenizer, mine, prompts, longest) if mine else 0
     n_failed = int(common.all_reduce_sum(torch.tensor(n_failed, device=dist.device)))
     if dist.rank == 0:
-        handover.merge_parts(out, "sid", place)
-        if not handover.stored_keys(out, "sid"):
+        common.merge_parts(out, "sid", place)
+        if not common.stored_keys(out, "sid"):
             common.die(f"{out}: every request failed ({n_failed})")
         describe(args, n_failed=n_failed, n_prompts_too_long=too_long)
     common.barrier()
@@ -220,15 +221,15 @@ def draw(args, dist, tokenizer, mine, prompts, longest):
     # The `<think>` with which some templates open the answer belongs to the response.
     opened = tokenizer.decode(next(iter(prompts.values()))).rstrip().endswith("<think>")
     seeds = [common.request_seed(args.seed, pid, k) for pid, k in mine.values()]
-    path = handover.part_path(args.out, dist.rank)
-    with handover.append_jsonl(path, "sid")[1] as writer, tqdm(total=len(mine), disable=dist.rank > 0) as progress:
+    path = common.part_path(args.out, dist.rank)
+    with common.append_jsonl(path, "sid")[1] as writer, tqdm(total=len(mine), disable=dist.rank > 0) as progress:
         for i, completion in engine.generate([prompts[pid] for pid, _ in mine.values()], seeds, args.temperature,
                                              args.top_p, args.max_tokens, progress):
             if completion.finish not in ("stop", "length"):
                 n_failed += 1
                 continue
             pid, k = mine[sids[i]]
-            text = common.decode_response(tokenizer, completion.ids)
+            text = decode_response(tokenizer, completion.ids)
             writer.write({"sid": sids[i], "pid": pid, "source": name, "k": k, "seed": seeds[i],
                           "response": restore_think(text) if opened else text,
                           "n_tokens": len(completion.ids), "finish": completion.finish})
@@ -237,9 +238,9 @@ def draw(args, dist, tokenizer, mine, prompts, longest):
 
 def describe(args, **counts):
     """The finished output: its sidecar, and what is in it."""
-    rows = [(row["finish"], row["n_tokens"]) for row in handover.read_jsonl(args.out, {"finish": str, "n_tokens": int}, text=False)]
+    rows = [(row["finish"], row["n_tokens"]) for row in common.read_jsonl(args.out, {"finish": str, "n_tokens": int}, text=False)]
     finish, n_tokens = Counter(f for f, _ in rows), [n for _, n in rows]
-    handover.write_meta(args.out, "samples", args, [args.problems], len(rows), model=args.model, finish=finish, **counts)
+    common.write_meta(args.out, "samples", args, [args.problems], len(rows), model=args.model, finish=finish, **counts)
     say(args.out, {"samples": len(rows), **finish, **counts})
     low, median, high, top = (int(q) for q in np.quantile(n_tokens, [0, 0.5, 0.9, 1]))
     print(f"tokens a sample: min {low}, median {median}, 90 % {high}, max {top}", flush=True)
@@ -291,7 +292,7 @@ def prepare_base(args):
     if not (source / "config.json").exists():
         common.die(f"{source} is no model: config.json is missing")
     config = json.loads((source / "config.json").read_text())
-    tokenizer = common.load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     check_weights(source, config, tokenizer)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -301,7 +302,7 @@ def prepare_base(args):
     else:
         config["rope_theta"] = args.rope_theta
     config["max_position_embeddings"] = args.positions
-    generation = {"eos_token_id": common.stop_ids(tokenizer), "pad_token_id": common.stop_ids(tokenizer)[1]}
+    generation = {"eos_token_id": stop_ids(tokenizer), "pad_token_id": stop_ids(tokenizer)[1]}
     tokenizer_config = json.loads((source / "tokenizer_config.json").read_text())
     tokenizer_config.update(chat_template=CHAT_TEMPLATE, model_max_length=args.positions)
     written = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer_config}
@@ -324,7 +325,7 @@ def prepare_base(args):
     for name, text in written.items():
         (temporary / name).write_text(text)
     temporary.rename(out)
-    handover.write_meta(out / "base", "base", args, [source / "config.json"])
+    common.write_meta(out / "base", "base", args, [source / "config.json"])
     print(f"{out}: rope_theta {args.rope_theta:g}, {args.positions} positions, no system prompt, stops on "
           f"{generation['eos_token_id']}; weights unchanged", flush=True)
 

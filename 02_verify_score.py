@@ -46,7 +46,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import handover
+from model import (check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
+                   pack_sequences, render_prompt, token_logprobs)
 from common import die
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
@@ -127,21 +128,21 @@ def configuration(argv=None):
 
 def verify(args):
     """samples + answers -> verified: + predicted, correct, status, and the problem's text for the stages to come."""
-    from verifier import verify_many
+    from grading.verifier import verify_many
     problems = {}
-    for row in handover.read_jsonl(args.problems, {"pid": str, "problem": str, "answer": (str, list)}):
+    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str, "answer": (str, list)}):
         if row["pid"] in problems:
             die(f"{args.problems}: pid {row['pid']} occurs twice")
         problems[row["pid"]] = (row["problem"], row["answer"])
     inputs = [args.samples, args.problems]
-    handover.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block", "show"))
-    done, out = handover.append_jsonl(args.out, "sid")
+    common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block", "show"))
+    done, out = common.append_jsonl(args.out, "sid")
     counts = Counter()
     if done:
         print(f"{args.out}: going on after {len(done):,} rows", flush=True)
-        counts.update((LABEL[row["correct"]], row["status"]) for row in handover.read_jsonl(args.out, VERDICT, text=False))
+        counts.update((LABEL[row["correct"]], row["status"]) for row in common.read_jsonl(args.out, VERDICT, text=False))
     with out, tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5) as progress:
-        for block, n_old in handover.unfinished_blocks(handover.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
+        for block, n_old in common.unfinished_blocks(common.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
             block = block[n_old:]
             for row in block:
                 if row["pid"] not in problems:
@@ -166,7 +167,7 @@ def verify(args):
         print(f"  {label:8} {status:16} {c:10,}")
     if judged["unknown"]:
         print(f"  {judged['unknown']:,} could not be judged (correct: null): they go into no training set")
-    handover.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
+    common.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
                         status={f"{label}/{status}": c for (label, status), c in sorted(counts.items())})
 
 
@@ -176,8 +177,8 @@ def verify(args):
 def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray, int]]:
     """Rows -> (ids [L], start): tokens start..L-1 are scored. In the response's text alone the first cannot be."""
     sequences = []
-    for row, ids in zip(rows, common.encode_text(tokenizer, [row["response"] for row in rows]) if rows else []):
-        prompt = common.render_prompt(tokenizer, row["problem"]) if args.ppl_context == "prompt" else []
+    for row, ids in zip(rows, encode_text(tokenizer, [row["response"] for row in rows]) if rows else []):
+        prompt = render_prompt(tokenizer, row["problem"]) if args.ppl_context == "prompt" else []
         ids = np.array((prompt + ids)[:args.max_score_tokens], dtype=np.int32)   # 4 bytes a token; a list takes 36
         sequences.append((ids, max(1, len(prompt))))
     return sequences
@@ -203,8 +204,8 @@ def response_nll(model, sequences, budget: int, device="cpu") -> tuple[np.ndarra
     n_scored = np.array([max(len(ids) - start, 0) for ids, start in sequences], dtype=int)
     some, sums = np.flatnonzero(n_scored), []
     for indices in packs_by_length(lengths[some], budget):
-        pack = common.pack([sequences[i] for i in some[indices]], device)
-        logp, _ = common.token_logprobs(model, pack)
+        pack = pack_sequences([sequences[i] for i in some[indices]], device)
+        logp, _ = token_logprobs(model, pack)
         total = torch.zeros(len(indices), dtype=torch.float64, device=device)
         sums.append((some[indices], total.index_add_(0, pack.seq, -logp.double())))
     for rows, total in sums:      # fetched at the end: the GPU never waits for the host
@@ -215,29 +216,29 @@ def response_nll(model, sequences, budget: int, device="cpu") -> tuple[np.ndarra
 def score(args):
     """verified -> scored: + nll_sum, n_scored, ppl, scorer, ppl_context. Under torchrun each rank scores a share."""
     dist = common.init_distributed()
-    directory = common.model_dir(args.model)
-    config = common.load_config(directory)
+    directory = model_dir(args.model)
+    config = load_config(directory)
     keep = lambda row: args.only in ("all", LABEL[row["correct"]])
-    light = handover.read_jsonl(args.samples, {"n_tokens": int, **VERDICT}, text=False)
+    light = common.read_jsonl(args.samples, {"n_tokens": int, **VERDICT}, text=False)
     lengths = [row["n_tokens"] for row in light if keep(row)]
     longest = min(args.max_score_tokens, max(lengths, default=1) - 1)        # n_tokens counts the end-of-turn token too
-    common.check_positions(config, longest, f"scoring {args.samples}")
+    check_positions(config, longest, f"scoring {args.samples}")
     if longest > args.token_budget:
         die(f"{args.samples} has responses of {longest} tokens; raise --token-budget ({args.token_budget}) "
             "or lower --max-score-tokens")
-    tokenizer = common.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     writes = dist.rank == 0
     done, out = set(), None
     if writes:
-        handover.start_output(args.out, "scored", args, [args.samples], may_differ=("show",))
-        done, out = handover.append_jsonl(args.out, "sid")
+        common.start_output(args.out, "scored", args, [args.samples], may_differ=("show",))
+        done, out = common.append_jsonl(args.out, "sid")
     n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
     if done:
         print(f"{args.out}: going on after {n_done:,} rows", flush=True)
 
     fields = SAMPLE | VERDICT | ({"problem": str} if args.ppl_context == "prompt" else {})
-    rows = filter(keep, handover.read_jsonl(args.samples, fields))
-    blocks = handover.unfinished_blocks(rows, done, n_done, args.block)
+    rows = filter(keep, common.read_jsonl(args.samples, fields))
+    blocks = common.unfinished_blocks(rows, done, n_done, args.block)
 
     def prepare():
         """The next block and the tokens of this rank's share of it: by length, dealt in turn, so shares are alike."""
@@ -246,7 +247,7 @@ def score(args):
             return None
         share = sorted(range(len(block)), key=lambda i: (-len(block[i]["response"]), i))[dist.rank::dist.world]
         sequences = scored_sequences(tokenizer, [block[i] for i in share], args)
-        common.check_positions(config, max((len(ids) for ids, _ in sequences), default=0), f"scoring {args.samples}")
+        check_positions(config, max((len(ids) for ids, _ in sequences), default=0), f"scoring {args.samples}")
         return block, n_old, share, sequences
 
     model = None
@@ -257,7 +258,7 @@ def score(args):
         while (prepared := waiting.result()) is not None:
             waiting = ahead.submit(prepare)
             block, n_old, share, sequences = prepared
-            model = model or common.load_model(directory, device=dist.device)
+            model = model or load_model(directory, device=dist.device)
             result = torch.zeros(2, len(block), dtype=torch.float64)
             mine = response_nll(model, sequences, args.token_budget, dist.device)
             result[:, share] = torch.from_numpy(np.stack(mine))
@@ -278,7 +279,7 @@ def score(args):
     n, unscored, spread = len(columns.ppl), len(columns.ppl) - len(ppl), quantiles(ppl)
     print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than 2 tokens (ppl: null); "
           f"perplexity quantiles {spread}")
-    handover.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored, scorer=args.model,
+    common.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored, scorer=args.model,
                         ppl_quantiles=spread)
 
 
@@ -309,7 +310,7 @@ def read_columns(path, seed: int) -> Columns:
     """One pass over a scored file. Its memory grows with the number of rows, not with their text."""
     offset, query, correct, truncated, ppl, n_tokens, tie = (array.array(code) for code in "qibbdiQ")
     sids, pids, scorers = set(), {}, set()
-    for start, row in handover.located_rows(path, SCORED, text=False):
+    for start, row in common.located_rows(path, SCORED, text=False):
         sid = row["sid"]
         if sid in sids:
             die(f"{path}: sid {sid} occurs twice; every response needs its own")
@@ -529,11 +530,11 @@ def select(args):
     if full:
         report("unlikelihood", sets["ul"])
         print(f"  {ul_details['candidates']:,} candidates; dropped: {ul_details['dropped']}")
-    with handover.replace_file(args.out) as file:
+    with common.replace_file(args.out) as file:
         copy_rows(teacher, ce, "ce", file)
         if full:
             copy_rows(own, ul, "ul", file)
-    handover.write_meta(args.out, "training", args, [args.teacher, args.self if full else None], rows=len(ce) + len(ul),
+    common.write_meta(args.out, "training", args, [args.teacher, args.self if full else None], rows=len(ce) + len(ul),
                         **sets, **details, teacher=teacher.census(), self=own.census() if full else None)
 
 
@@ -543,7 +544,7 @@ def select(args):
 def show(path, n: int, seed: int, pid=None, sid=None, chars: int = 1500):
     """Print n rows of a file, drawn at random in one pass (reservoir), or those of a problem or a response."""
     draw, rows, n_match = random.Random(seed), [], 0
-    for row in handover.read_jsonl(path, {"sid": str, "pid": str, "response": str}):
+    for row in common.read_jsonl(path, {"sid": str, "pid": str, "response": str}):
         if pid not in (None, row["pid"]) or sid not in (None, row["sid"]):
             continue
         n_match += 1
@@ -563,7 +564,7 @@ def show(path, n: int, seed: int, pid=None, sid=None, chars: int = 1500):
             b = int(bin_of(np.array([ppl]), edges)[0])
             place = f"perplexity {ppl:.4f}, " + (f"bin {edges[b]:g} - {edges[b + 1]:g}" if b >= 0 else "outside [1, 5]")
         facts = (row["sid"], row.get("objective"), verdict, place, f"{row.get('n_tokens')} tokens", row.get("finish"))
-        handover.print_row(facts, row.get("problem", ""), row["response"], chars)
+        common.print_row(facts, row.get("problem", ""), row["response"], chars)
     print("=" * 100, f"{len(rows)} of {n_match:,} rows of {path}", sep="\n")
 
 

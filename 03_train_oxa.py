@@ -28,7 +28,9 @@ import torch
 from tqdm import tqdm
 
 import common
-import handover
+from model import (clip_gradient, distribute, encode_response, END_OF_TURN, gradient_sync,
+                   latest_checkpoint, load_config, load_model, load_state, load_tokenizer, pack_sequences, plan_packs,
+                   render_prompt, save_checkpoint, token_logprobs)
 from common import die
 
 # --------------------------------------------------------------------------------------------------- configuration
@@ -64,7 +66,7 @@ def config(argv=None):
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "train", argv)
-    handover.require_loggers(args)
+    common.require_loggers(args)
     common.check_range(args, epochs=1, ce_per_step=1, ul_per_step=1, max_tokens=1, token_budget=1, lr=0, ul_weight=0, warmup=0,
                        weight_decay=0, grad_clip=0, save_every=0, keep=1, stop_at=0, peak_tflops=0)
     if args.warmup > 1:
@@ -79,18 +81,18 @@ def tokenize(args, tokenizer, max_positions: int) -> None:
     """Stream the training set once into OUT/tokens.bin (int32, end to end) and OUT/tokens.npz (borders, starts, ids), so that
     memory does not grow with the text and all ranks map one file. Too long is dropped and counted, never cut."""
     out = Path(args.out)
-    data_hash = handover.sha256_file(args.data)
+    data_hash = common.sha256_file(args.data)
     if (out / "tokens.npz").exists() and str(np.load(out / "tokens.npz")["data_hash"]) == data_hash:
         return
-    end_of_turn = tokenizer.convert_tokens_to_ids(common.END_OF_TURN)
+    end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     lengths, starts, is_ul, sids, dropped = [], [], [], [], []
     fields = {"sid": str, "problem": str, "response": str, "objective": str}
     with open(out / "tokens.bin", "wb") as file:
-        for row in tqdm(handover.read_jsonl(args.data, fields), desc="tokenize", unit=" rows", mininterval=2):
+        for row in tqdm(common.read_jsonl(args.data, fields), desc="tokenize", unit=" rows", mininterval=2):
             if row["objective"] not in ("ce", "ul"):
                 die(f"{args.data}: row {row['sid']} has objective '{row['objective']}', expected 'ce' or 'ul'")
-            prompt = common.render_prompt(tokenizer, row["problem"])
-            ids = prompt + common.encode_response(tokenizer, row["response"])
+            prompt = render_prompt(tokenizer, row["problem"])
+            ids = prompt + encode_response(tokenizer, row["response"])
             assert ids[-1] == end_of_turn, "the last trained token of a response is the end of its turn"
             if len(ids) >= args.max_tokens:
                 dropped.append(len(ids))
@@ -179,7 +181,7 @@ class OxaLoss(torch.nn.Module):
         """weight [N]: a token's share of its mean, is_ul [N] bool -> (loss, sums [6]).
 
         sums: CE loss, UL loss, entropy over CE tokens, over UL tokens, number of CE tokens, of UL tokens."""
-        logp, entropy = common.token_logprobs(self.model, pack, entropy=True)
+        logp, entropy = token_logprobs(self.model, pack, entropy=True)
         used = weight > 0                                             # an idle rank's stand-in pack counts for nothing
         ce = (weight * -logp)[~is_ul].sum()
         ul = (weight[is_ul] * unlikelihood(logp[is_ul], self.ul_clamp)).sum()
@@ -204,10 +206,10 @@ def run_pack(module, data, rows, weights, dist, last: bool) -> torch.Tensor:
     ranks' collectives match."""
     idle = not rows
     rows = rows or [int(data.lengths.argmin())]
-    packed = common.pack([data.sequence(i) for i in rows], dist.device)
+    packed = pack_sequences([data.sequence(i) for i in rows], dist.device)
     per_row = torch.tensor([0.0 if idle else weights[i] for i in rows], device=dist.device)
     is_ul = torch.tensor(data.is_ul[rows], device=dist.device)
-    with common.gradient_sync(module, last):
+    with gradient_sync(module, last):
         loss, sums = module(packed, per_row[packed.seq], is_ul[packed.seq])
         (loss * dist.world).backward()     # the wrappers average over ranks, the loss is a sum
     return sums
@@ -216,7 +218,7 @@ def run_pack(module, data, rows, weights, dist, last: bool) -> torch.Tensor:
 def training_step(module, data, batch, args, dist) -> torch.Tensor:
     """Accumulate the gradient of one optimizer step; returns the global sums [6]."""
     weights = token_weights(data, batch, args)
-    packs = common.plan_packs([int(data.lengths[i]) for i in batch], args.token_budget, dist.world)[dist.rank]
+    packs = plan_packs([int(data.lengths[i]) for i in batch], args.token_budget, dist.world)[dist.rank]
     sums = sum(run_pack(module, data, [batch[j] for j in p], weights, dist, last=n == len(packs) - 1)
                for n, p in enumerate(packs))
     return common.all_reduce_sum(sums)
@@ -247,16 +249,16 @@ def train(args):
     dist = common.init_distributed()
     out = Path(args.out)
     if dist.rank == 0:
-        handover.start_output(out / "metrics.jsonl", "metrics", args, [args.data],
+        common.start_output(out / "metrics.jsonl", "metrics", args, [args.data],
                               may_differ=("stop_at", "save_every", "keep", "peak_tflops", "wandb", "tensorboard"))
     if (out / "final" / "config.json").exists():
         if dist.rank == 0:
             print(f"{out / 'final'} is there: nothing to do")
         return
-    checkpoint = common.latest_checkpoint(out)
-    tokenizer = common.load_tokenizer(args.model)
+    checkpoint = latest_checkpoint(out)
+    tokenizer = load_tokenizer(args.model)
     if dist.rank == 0:
-        tokenize(args, tokenizer, common.load_config(args.model).max_position_embeddings)
+        tokenize(args, tokenizer, load_config(args.model).max_position_embeddings)
     common.barrier()
     data = Data(out)
     for name, rows, per_step in (("ce", data.ce, args.ce_per_step), ("ul", data.ul, args.ul_per_step)):
@@ -264,19 +266,19 @@ def train(args):
             die(f"{args.data} has {len(rows)} '{name}' sequences, fewer than --{name}-per-step {per_step}")
     n_steps = args.epochs * (len(data.ce) // args.ce_per_step)
 
-    model = common.load_model(checkpoint or args.model, device=dist.device, trainable=True)
+    model = load_model(checkpoint or args.model, device=dist.device, trainable=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = common.distribute(OxaLoss(model, args.ul_weight, args.ul_clamp), dist, args.shard)
+    module = distribute(OxaLoss(model, args.ul_weight, args.ul_clamp), dist, args.shard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=True)                        # over float32 master weights
-    step = common.load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
+    step = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
     longest_pack_first(module, data, args, dist)
     if dist.rank == 0:
         quantiles = np.quantile(data.lengths, [0, 0.5, 0.9, 1]).astype(int).tolist()
         print(f"{len(data.ce)} ce + {len(data.ul)} ul sequences, tokens min/median/p90/max {quantiles}; {n_steps} steps on "
               f"{dist.world} x {dist.device}" + (f"; going on after step {step} ({checkpoint})" if checkpoint else ""))
-        metrics = handover.Metrics(out, step, args, args.wandb, args.tensorboard)
+        metrics = common.Metrics(out, step, args, args.wandb, args.tensorboard)
 
     stop = []                                             # Ctrl-C or SIGTERM: finish the step, save, leave
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -289,13 +291,13 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = training_step(module, data, batch, args, dist)
-        grad_norm = common.clip_gradient(model, args.grad_clip)
+        grad_norm = clip_gradient(model, args.grad_clip)
         ce, ul, entropy_ce, entropy_ul, n_ce, n_ul = sums.tolist()
         if not math.isfinite(ce + ul + grad_norm):
             if dist.rank == 0:
                 (out / "bad_batch.json").write_text(json.dumps({"step": step + 1, "sids": data.sids[batch].tolist()}))
             raise SystemExit(f"error: step {step + 1}: loss {ce + args.ul_weight * ul}, gradient norm {grad_norm}; the batch's ids "
-                             f"are in {out / 'bad_batch.json'}, the newest checkpoint is {common.latest_checkpoint(out)}")
+                             f"are in {out / 'bad_batch.json'}, the newest checkpoint is {latest_checkpoint(out)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -316,12 +318,12 @@ def train(args):
                   f"gnorm {grad_norm:.2f} lr {lr:.2e} {row['tokens_per_second']:.0f} tok/s "
                   + (f"mfu {row['mfu']:.1%} " if args.peak_tflops else "") + f"eta {eta / 60:.1f} min", flush=True)
         if stopping or (args.save_every and step % args.save_every == 0 and step < n_steps):
-            common.save_checkpoint(out, f"step-{step:06d}", model, tokenizer, optimizer, args.keep, dist, step=step)
+            save_checkpoint(out, f"step-{step:06d}", model, tokenizer, optimizer, args.keep, dist, step=step)
         if stopping and step < n_steps:
             if dist.rank == 0:
                 print(f"stopped after step {step}; the same command goes on from here")
             raise SystemExit(130 if stop else 0)
-    common.save_checkpoint(out, "final", model, tokenizer, dist=dist)
+    save_checkpoint(out, "final", model, tokenizer, dist=dist)
     if dist.rank == 0:
         print(f"done: {out / 'final'} after {n_steps} steps, {time.time() - started:.0f} s")
 

@@ -42,9 +42,11 @@ import torch
 from tqdm import tqdm
 
 import common
+from model import (check_positions, clip_gradient, decode_response, distribute, gradient_sync,
+                   latest_checkpoint, load_config, load_model, load_state, load_tokenizer, Pack, pack_sequences,
+                   plan_packs, render_prompt, save_checkpoint, token_logprobs)
 import engines
-import handover
-import verifier
+from grading import verifier
 
 CHECK_ROLLOUTS, CHECK_TOKENS = 4, 8     # the check after a weight sync: so many prefixes, each continued by so many tokens
 KL_D_MAX, KL_MAX = 20.0, 10.0           # clamps of the KL estimate: d before exp, and the estimate itself (as verl does)
@@ -95,7 +97,7 @@ def config(argv=None):
     add("--wandb", action="store_true", help="log to Weights & Biases too")
     add("--tensorboard", action="store_true", help="log to TensorBoard too")
     args = common.parse_args(parser, "rlvr", argv)
-    handover.require_loggers(args)
+    common.require_loggers(args)
     common.check_range(args, ["gpu_memory"], prompts_per_step=1, rollouts=1, epochs=1, max_prompt_tokens=1, max_response_tokens=1,
                        token_budget=1, updates_per_batch=1, save_every=1, keep=1, max_steps=0, clip_low=0, clip_high=0, kl_coef=0,
                        tis_cap=0, lr=0, weight_decay=0, grad_clip=0, max_logp_gap=0, log_rollouts=0, eval_every=0, verify_workers=1)
@@ -138,8 +140,8 @@ def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
     A gold that cannot be parsed (another answer than itself is then unknown, not wrong), or that does not verify as its own
     response, would make the problem a silent zero.
     """
-    rows = {row["pid"]: dict(row, prompt_ids=common.render_prompt(tokenizer, row["problem"]))
-            for row in handover.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)})}
+    rows = {row["pid"]: dict(row, prompt_ids=render_prompt(tokenizer, row["problem"]))
+            for row in common.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)})}
     fitting = [row for row in rows.values() if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     golds = [row["answer"] if isinstance(row["answer"], str) else row["answer"][0] for row in fitting]
     itself, other = (verifier.verify_many([(f"</think>\\boxed{{{text}}}", row["answer"]) for text, row in zip(texts, fitting)],
@@ -166,7 +168,7 @@ def draw_rollouts(engine, tokenizer, problems, step, args, progress=None) -> lis
     seeds = [common.request_seed(args.seed, step, problem["pid"], g) for problem, g in asked]
     rollouts = [None] * len(asked)
     for i, drawn in engine.generate(prompts, seeds, args.temperature, 1.0, args.max_response_tokens, progress):
-        text = common.decode_response(tokenizer, drawn.ids)
+        text = decode_response(tokenizer, drawn.ids)
         rollouts[i] = Rollout(asked[i][0]["pid"], asked[i][1], prompts[i], list(drawn.ids), drawn.finish,
                               torch.tensor(drawn.logp), text)
     return rollouts
@@ -195,12 +197,12 @@ def plan(rollouts, args) -> list[list[Rollout]]:
             bundles[-1].append(r)
         else:
             bundles.append([r])
-    packs = common.plan_packs([size(bundle) for bundle in bundles], args.token_budget)[0]
+    packs = plan_packs([size(bundle) for bundle in bundles], args.token_budget)[0]
     return [[r for i in indices for r in bundles[i]] for indices in packs]
 
 
-def lay_out(members, device) -> common.Pack:
-    return common.pack([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in members], device, share=True)
+def lay_out(members, device) -> Pack:
+    return pack_sequences([(r.prompt_ids + r.ids, len(r.prompt_ids)) for r in members], device, share=True)
 
 
 def keep_logprobs(members, name: str, logp):
@@ -213,7 +215,7 @@ def keep_logprobs(members, name: str, logp):
 def reference_logprobs(reference, rollouts, args, device):
     """Sets logp_ref [L] of each rollout: its tokens under the starting model, at the sampling temperature."""
     for members in plan(rollouts, args):
-        keep_logprobs(members, "logp_ref", common.token_logprobs(reference, lay_out(members, device), args.temperature)[0])
+        keep_logprobs(members, "logp_ref", token_logprobs(reference, lay_out(members, device), args.temperature)[0])
 
 
 def groups_of(rollouts, args) -> list[list[Rollout]]:
@@ -295,7 +297,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, pack, fields=None):
         """Log-probs [N] of a pack; with `fields` (token_fields) also the loss and the sums of STATS."""
-        logp, entropy = common.token_logprobs(self.model, pack, self.args.temperature, entropy=fields is not None)
+        logp, entropy = token_logprobs(self.model, pack, self.args.temperature, entropy=fields is not None)
         if fields is None:
             return logp
         loss, sums = policy_loss(logp, **fields, args=self.args)
@@ -333,7 +335,7 @@ def backward(policy, rollouts, args, dist) -> dict:
         members = packs[k] if k < len(packs) else rollouts[:1]
         fields = token_fields(members, dist.device)
         fields["weight"] *= k < len(packs)
-        with common.gradient_sync(policy, last=k == n_passes - 1):
+        with gradient_sync(policy, last=k == n_passes - 1):
             logp, loss, sums = policy(lay_out(members, dist.device), fields)
             (loss * dist.world).backward()                   # the wrappers average over ranks, the loss is a sum
         keep_logprobs(members, "logp_new", logp)
@@ -352,7 +354,7 @@ def update(policy, optimizer, rollouts, step: int, args, dist, interrupts) -> di
     history = []
     for k in range(args.updates_per_batch):
         stats = backward(policy, rollouts, args, dist)
-        stats["grad_norm"] = common.clip_gradient(policy, args.grad_clip)
+        stats["grad_norm"] = clip_gradient(policy, args.grad_clip)
         if not all(map(math.isfinite, stats.values())):
             path = Path(args.out) / f"bad_batch.rank-{dist.rank}.json"
             path.write_text(json.dumps({"step": step, "rollouts": [[r.pid, r.g, r.advantage, len(r.ids)] for r in rollouts]}))
@@ -388,7 +390,7 @@ def check_sync(engine, policy, rollouts, step: int, args, dist) -> dict:
     seeds = [common.request_seed(args.seed, "check", step, r.pid, r.g) for r in members]
     drawn = dict(engine.generate(prefixes, seeds, args.temperature, 1.0, n_new))
     drawn = [drawn[i] for i in range(len(members))]
-    pack = common.pack([(prefix + list(d.ids), len(prefix)) for prefix, d in zip(prefixes, drawn)], dist.device)
+    pack = pack_sequences([(prefix + list(d.ids), len(prefix)) for prefix, d in zip(prefixes, drawn)], dist.device)
     gap = (policy(pack) - torch.tensor([x for d in drawn for x in d.logp], device=dist.device)).abs()
     total, n = common.all_reduce_sum(torch.stack([gap.sum(), torch.ones_like(gap).sum()])).tolist()
     refuse_gap(total / n, args, dist, f"step {step}, after the weight sync")
@@ -450,35 +452,35 @@ def main(argv=None):
     if args.prompts_per_step < dist.world:
         common.die(f"--prompts-per-step {args.prompts_per_step} cannot be shared by {dist.world} ranks")
     if dist.rank == 0:
-        handover.start_output(out / "rollouts.jsonl", "rollouts", args, [args.problems], MAY_DIFFER)
+        common.start_output(out / "rollouts.jsonl", "rollouts", args, [args.problems], MAY_DIFFER)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     problems = usable_problems(args.problems, tokenizer, args, args.prompts_per_step, say)
     eval_problems = usable_problems(args.eval_problems, tokenizer, args, dist.world, say) if args.eval_every else []
     answers = {problem["pid"]: problem["answer"] for problem in eval_problems + problems}
     n_steps = len(problems) // args.prompts_per_step * args.epochs
     n_steps = min(n_steps, args.max_steps or n_steps)
     longest = max(len(problem["prompt_ids"]) for problem in problems + eval_problems) + args.max_response_tokens
-    common.check_positions(common.load_config(args.model), longest, "the longest prompt with --max-response-tokens")
-    common.plan_packs([longest], args.token_budget)          # dies if it does not fit
+    check_positions(load_config(args.model), longest, "the longest prompt with --max-response-tokens")
+    plan_packs([longest], args.token_budget)          # dies if it does not fit
 
-    checkpoint = common.latest_checkpoint(out)
-    model = common.load_model(checkpoint or args.model, device=dist.device, trainable=True)
+    checkpoint = latest_checkpoint(out)
+    model = load_model(checkpoint or args.model, device=dist.device, trainable=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = common.distribute(Policy(model, args), dist, args.shard)
+    policy = distribute(Policy(model, args), dist, args.shard)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    done = common.load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
-    reference = common.load_model(args.model, device=dist.device) if args.kl_coef else None
+    done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
+    reference = load_model(args.model, device=dist.device) if args.kl_coef else None
     engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device,
                                  gpu_memory=args.gpu_memory, sleep=args.sleep)
     engine.sync(model)
-    save = lambda: common.save_checkpoint(out, f"step-{done:06d}", model, tokenizer, optimizer, args.keep, dist, step=done)
+    save = lambda: save_checkpoint(out, f"step-{done:06d}", model, tokenizer, optimizer, args.keep, dist, step=done)
     if dist.rank == 0:
-        metrics = handover.Metrics(out, done, args, args.wandb, args.tensorboard)
-        rollout_log = handover.step_log(out / "rollouts.jsonl", done)
+        metrics = common.Metrics(out, done, args, args.wandb, args.tensorboard)
+        rollout_log = common.step_log(out / "rollouts.jsonl", done)
     say(f"{args.prompts_per_step} problems x {args.rollouts} rollouts a step, {n_steps} steps on {dist.world} x {dist.device}"
         + (f"; going on after step {done} ({checkpoint})" if checkpoint else ""), flush=True)
 
@@ -533,7 +535,7 @@ def main(argv=None):
         save()
         say(f"stopped; step {done} is saved in {out}, the same command goes on from there")
         raise SystemExit(130)
-    common.save_checkpoint(out, "final", model, tokenizer, dist=dist)
+    save_checkpoint(out, "final", model, tokenizer, dist=dist)
     say(f"done: {out / 'final'} after {n_steps} steps")
 
 

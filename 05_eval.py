@@ -40,9 +40,9 @@ import torch
 from tqdm import tqdm
 
 import common
-import handover
-import stats
-import verifier
+from model import (decode_response, load_model, load_tokenizer, model_dir, pack_sequences,
+                   plan_packs, render_prompt, token_logprobs)
+from grading import verifier
 
 UNGRADED = "ungraded"          # status of a row between generation and grading
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -80,7 +80,7 @@ class Benchmark:
 
     def __init__(self, path, out):
         self.source, self.name = Path(path), Path(path).name.removesuffix(".jsonl")
-        self.problems = list(handover.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)}))
+        self.problems = list(common.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)}))
         self.pids = [row["pid"] for row in self.problems]
         repeated = [pid for pid, times in Counter(self.pids).items() if times > 1]
         if repeated:
@@ -91,13 +91,13 @@ class Benchmark:
     def merge(self):
         """Rank 0, while nobody writes: every rank's rows into one file, in the order of the problems and of k."""
         place = {pid: i for i, pid in enumerate(self.pids)}
-        handover.merge_parts(self.rows, ("pid", "k"), lambda key: (place.get(key[0], len(place)), key[1]))
-        handover.merge_parts(self.entropy, "pid", lambda pid: place.get(pid, len(place)))
+        common.merge_parts(self.rows, ("pid", "k"), lambda key: (place.get(key[0], len(place)), key[1]))
+        common.merge_parts(self.entropy, "pid", lambda pid: place.get(pid, len(place)))
 
     def sorted_rows(self):
         """Stored rows, each key once, in the order of the problems file and then of k."""
         place = {pid: i for i, pid in enumerate(self.pids)}
-        rows = {(row["pid"], row["k"]): row for row in handover.read_jsonl(self.rows, {"pid": str, "k": int, "response": str})}
+        rows = {(row["pid"], row["k"]): row for row in common.read_jsonl(self.rows, {"pid": str, "k": int, "response": str})}
         strange = [pid for pid, _ in rows if pid not in place]
         if strange:
             common.die(f"{self.rows} has responses to problem {strange[0]}, which {self.source} has not")
@@ -117,7 +117,7 @@ def samples_a_problem(bench, args):
 
 def missing_samples(bench, args):
     """[(problem row, k)] still to be drawn."""
-    have, n = handover.stored_keys(bench.rows, ("pid", "k")), samples_a_problem(bench, args)
+    have, n = common.stored_keys(bench.rows, ("pid", "k")), samples_a_problem(bench, args)
     if any(k >= n for _, k in have):
         common.die(f"{bench.rows} holds {max(k for _, k in have) + 1} samples a problem, more than --n {n}: "
               "give that --n, or another --out")
@@ -129,23 +129,23 @@ def generate(benches, missing, args, dist):
 
     A row keeps its token ids where entropy will be measured: a text does not always encode to the tokens it came from.
     """
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     requests = [(bench, row, k) for bench in benches for row, k in missing[bench.name]][dist.rank::dist.world]
     if not requests:
         return
-    encoded = {text: common.render_prompt(tokenizer, text) for text in {row["problem"] for _, row, _ in requests}}
+    encoded = {text: render_prompt(tokenizer, text) for text in {row["problem"] for _, row, _ in requests}}
     prompts = [encoded[row["problem"]] for _, row, _ in requests]
     from engines import make_engine
     longest = max(map(len, prompts)) + args.max_tokens
     engine = make_engine(args.engine, args.model, longest, device=dist.device, sleep=True)
-    writers = {bench.name: handover.append_jsonl(handover.part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
+    writers = {bench.name: common.append_jsonl(common.part_path(bench.rows, dist.rank), ("pid", "k"))[1] for bench in benches}
     seeds = [common.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
     with tqdm(total=len(requests), desc="generate", unit="resp", disable=dist.rank > 0, mininterval=2) as progress:
         for i, done in engine.generate(prompts, seeds, args.temperature, args.top_p, args.max_tokens, progress):
             bench, row, k = requests[i]
             kept = {"ids": list(map(int, done.ids))} if k < args.entropy_samples else {}
             writers[bench.name].write({
-                "pid": row["pid"], "k": k, "seed": seeds[i], "response": common.decode_response(tokenizer, done.ids),
+                "pid": row["pid"], "k": k, "seed": seeds[i], "response": decode_response(tokenizer, done.ids),
                 "n_tokens": len(done.ids), "finish": done.finish,
                 "predicted": None, "correct": None, "status": UNGRADED, **kept})
     engine.sleep()                                                            # the card is free for the entropy's model
@@ -162,27 +162,27 @@ def measure_entropy(bench, model, tokenizer, args, dist):
 
     The unit of work is a problem, packed alone, so that no bit depends on its neighbours or on a restart.
     """
-    have = handover.stored_keys(bench.entropy, "pid")
+    have = common.stored_keys(bench.entropy, "pid")
     todo = [row for row in bench.problems if row["pid"] not in have][dist.rank::dist.world]
     samples = {row["pid"]: [] for row in todo}
-    for row in handover.read_jsonl(bench.rows):
+    for row in common.read_jsonl(bench.rows):
         if row["pid"] in samples and row["k"] < args.entropy_samples:
             samples[row["pid"]].append((row["k"], row["ids"]))
-    with handover.append_jsonl(handover.part_path(bench.entropy, dist.rank), "pid")[1] as writer:
+    with common.append_jsonl(common.part_path(bench.entropy, dist.rank), "pid")[1] as writer:
         for row in tqdm(todo, desc=f"entropy {bench.name}", unit="problem", disable=dist.rank > 0, mininterval=2):
-            prompt = common.render_prompt(tokenizer, row["problem"])
+            prompt = render_prompt(tokenizer, row["problem"])
             sequences = [(prompt + ids, len(prompt)) for _, ids in sorted(samples[row["pid"]])]
             lengths = [len(ids) for ids, _ in sequences]
             total, n_tokens = 0.0, 0
-            for indices in common.plan_packs(lengths, max(args.token_budget, *lengths))[0]:
-                _, entropy = common.token_logprobs(model, common.pack([sequences[i] for i in indices], dist.device), entropy=True)
+            for indices in plan_packs(lengths, max(args.token_budget, *lengths))[0]:
+                _, entropy = token_logprobs(model, pack_sequences([sequences[i] for i in indices], dist.device), entropy=True)
                 total, n_tokens = total + entropy.double().sum().item(), n_tokens + len(entropy)
             writer.write({"pid": row["pid"], "entropy": total / n_tokens, "n_entropy_tokens": n_tokens})
 
 
 def stored_entropy(bench):
     """Stored entropies by problem; {} if they are not there for every problem."""
-    stored = {row["pid"]: row for row in handover.read_jsonl(bench.entropy)} if bench.entropy.exists() else {}
+    stored = {row["pid"]: row for row in common.read_jsonl(bench.entropy)} if bench.entropy.exists() else {}
     return stored if set(bench.pids) <= set(stored) else {}
 
 
@@ -206,7 +206,7 @@ def grade(bench, args):
         rows[i].update(predicted=verdict.predicted, correct=verdict.correct, status=status)
         if old["status"] != UNGRADED and any(old[name] != rows[i][name] for name in ("predicted", "correct", "status")):
             changed.append((old, rows[i]))
-    with handover.replace_file(bench.rows) as file:
+    with common.replace_file(bench.rows) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return rows, changed
 
@@ -236,7 +236,7 @@ def second_opinion(bench, rows, judge, out):
                 differing.append({"pid": row["pid"], "k": row["k"], "answer": bench.answers[row["pid"]],
                                   "predicted": row["predicted"], "correct": row["correct"], "second": second})
     path = out / f"{bench.name}.disagreements.jsonl"
-    with handover.replace_file(path) as file:
+    with common.replace_file(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in differing)
     print(f"{bench.name}: the second grader disagrees on {len(differing)} of {len(rows)} responses; listed in {path}")
     for row in differing[:10]:
@@ -268,7 +268,7 @@ def problem_table(bench, rows, entropy: dict):
 
 def interval(values):
     """[P] per-problem values -> {value, low, high}: the mean over problems and its 95 % bootstrap interval."""
-    mean, low, high = stats.bootstrap([[np.asarray(values, dtype=float)[:, None]]])
+    mean, low, high = common.bootstrap([[np.asarray(values, dtype=float)[:, None]]])
     return {"value": mean[0], "low": low[0], "high": high[0]}
 
 
@@ -280,7 +280,7 @@ def clip(x):
 def summarise(rows, table):
     """The results of one benchmark; every name is defined in docs/METRICS.md."""
     n, n_responses = table[0]["n"], len(rows)
-    mean, low, high = stats.bootstrap([[np.stack([stats.pass_curve(row["n"], row["n_correct"]) for row in table])]])
+    mean, low, high = common.bootstrap([[np.stack([common.pass_curve(row["n"], row["n_correct"]) for row in table])]])
     curve = {"k": list(range(1, n + 1)), "value": mean.tolist(), "low": clip(low), "high": clip(high)}
     lengths = np.array([row["n_tokens"] for row in rows])
     edges = np.unique(np.round(np.geomspace(1, max(lengths.max() + 1, 2), 161)).astype(int))
@@ -328,7 +328,7 @@ def show_responses(bench, rows, args):
     text_of = {row["pid"]: row["problem"] for row in bench.problems}
     for row in chosen:
         verdict = {True: "correct", False: "wrong", None: "unknown"}[row["correct"]]
-        handover.print_row((bench.name, row["pid"], f"k={row['k']}", f"{verdict} ({row['status']})", f"predicted {row['predicted']}",
+        common.print_row((bench.name, row["pid"], f"k={row['k']}", f"{verdict} ({row['status']})", f"predicted {row['predicted']}",
                             f"answer {bench.answers[row['pid']]}", f"{row['n_tokens']} tokens", row["finish"]),
                            text_of[row["pid"]], row["response"])
 
@@ -342,10 +342,10 @@ def finish(benches, args, out, seconds):
     for bench in benches:
         rows, changed = grade(bench, args)
         table = problem_table(bench, rows, stored_entropy(bench))
-        with handover.replace_file(out / f"{bench.name}.problems.jsonl") as file:
+        with common.replace_file(out / f"{bench.name}.problems.jsonl") as file:
             file.writelines(json.dumps(row) + "\n" for row in table)
-        made = handover.read_meta(bench.rows)["args"]                               # the settings that drew the responses
-        handover.write_meta(bench.rows, "eval", argparse.Namespace(**made), [bench.source, *weight_files(made["model"])],
+        made = common.read_meta(bench.rows)["args"]                               # the settings that drew the responses
+        common.write_meta(bench.rows, "eval", argparse.Namespace(**made), [bench.source, *weight_files(made["model"])],
                      rows=len(rows), model=made["model"], seed=made["seed"], grader=grader_name(),
                      regraded=args.regrade)
         result = summarise(rows, table)
@@ -359,12 +359,12 @@ def finish(benches, args, out, seconds):
         results["benchmarks"][bench.name] = result
         if args.show:
             show_responses(bench, rows, args)
-    results = {"schema": "results", "schema_version": handover.SCHEMA_VERSION, "grader": grader_name(),
+    results = {"schema": "results", "schema_version": common.SCHEMA_VERSION, "grader": grader_name(),
                **{name: made[name] for name in ("model", "temperature", "top_p", "max_tokens", "seed", "engine")},
                "seconds": {name: results.get("seconds", {}).get(name, 0) + seconds.get(name, 0)
                            for name in ("generate", "entropy")},
                "benchmarks": results["benchmarks"]}
-    with handover.replace_file(results_path) as file:
+    with common.replace_file(results_path) as file:
         json.dump(results, file, indent=1)
     print_table(results)
     print(f"results: {results_path}")
@@ -373,13 +373,13 @@ def finish(benches, args, out, seconds):
 def grader_name():
     """Verdicts are only comparable under one grader, so it is named by its source."""
     digest = hashlib.sha256()
-    for name in ("verifier.py", "latex.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
-    return f"verifier.py {digest.hexdigest()[:12]}"
+    for name in ("verifier.py", "grammar.py"):
+        digest.update((Path(__file__).parent / "grading" / name).read_bytes())
+    return f"grading/verifier.py {digest.hexdigest()[:12]}"
 
 
 def weight_files(model):
-    return sorted(Path(common.model_dir(model)).glob("*.safetensors")) if Path(model).exists() else []
+    return sorted(Path(model_dir(model)).glob("*.safetensors")) if Path(model).exists() else []
 
 
 def main(argv=None):
@@ -410,10 +410,10 @@ def draw_and_measure(benches, args, dist):
     missing = {bench.name: missing_samples(bench, args) for bench in benches}
     n_missing = sum(map(len, missing.values()))
     unmeasured = [bench for bench in benches if args.entropy_samples
-                  and len(handover.stored_keys(bench.entropy, "pid")) < len(bench.pids)]
+                  and len(common.stored_keys(bench.entropy, "pid")) < len(bench.pids)]
     if dist.rank == 0:
         for bench in benches:
-            handover.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(
+            common.start_output(bench.rows, "eval", args, [bench.source, *weight_files(args.model)], may_differ=(
                 "problems", "n", "n_of", "token_budget", "verify_workers", "regrade", "second_grader", "show",
                 "show_pid"))
     common.barrier()
@@ -429,8 +429,8 @@ def draw_and_measure(benches, args, dist):
     if unmeasured:
         start = time.time()
         dtype = torch.bfloat16 if dist.device.startswith("cuda") else torch.float32
-        model = common.load_model(args.model, dtype, dist.device)
-        tokenizer = common.load_tokenizer(args.model)
+        model = load_model(args.model, dtype, dist.device)
+        tokenizer = load_tokenizer(args.model)
         for bench in unmeasured:
             measure_entropy(bench, model, tokenizer, args, dist)
         common.barrier()

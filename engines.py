@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import check_positions, die, load_config, load_model, load_tokenizer, model_dir, pack, stop_ids
+from common import die
+from model import check_positions, load_config, load_model, load_tokenizer, model_dir, pack_sequences, stop_ids
 
 
 @dataclasses.dataclass
@@ -146,7 +147,7 @@ class HFEngine:
                 new = [waiting.pop() for _ in range(min(len(waiting), n_slots - len(active)))]
                 for i in new:
                     ids[i], logps[i] = [], []
-                prompt_pack = pack([(list(prompts[i]), len(prompts[i])) for i in new], self.device, share=True)
+                prompt_pack = pack_sequences([(list(prompts[i]), len(prompts[i])) for i in new], self.device, share=True)
                 rows = torch.arange(len(active), len(active) + len(new), device=self.device)
                 lengths = prompt_pack.cu_seqlens.diff().long()
                 self.slots.at(rows.repeat_interleave(lengths), prompt_pack.spread(prompt_pack.position_ids), 0)

@@ -32,7 +32,7 @@ fi
 [ -f "$recipe" ] || recipe="recipes/$recipe.toml"
 [ -f "$recipe" ] || { echo "error: no recipe $recipe; there are: $(cd recipes && echo *.toml)" >&2; exit 2; }
 
-variables="$("$bare" plan.py "$recipe" --shell)"     # arms, rlvr_arms, benchmarks, ... of the recipe's [run], shell-quoted
+variables="$("$bare" -m tools.plan "$recipe" --shell)"     # arms, rlvr_arms, benchmarks, ... of the recipe's [run], shell-quoted
 eval "$variables"
 seeds="${seeds:-$n_seeds}"
 if [ "$seeds" -gt 1 ]; then                           # the study: controls come with more seeds
@@ -43,7 +43,7 @@ run="${RUNS:-runs}/$(basename "$recipe" .toml)"
 if [ -n "$plan" ]; then
   NPROC="${NPROC:-${cards:-1}}"
 else
-  "$bare" plan.py "$recipe" --check                  # what is missing here is said now, not hours later
+  "$bare" -m tools.plan "$recipe" --check                  # what is missing here is said now, not hours later
   source ./setup.sh
   NPROC="${NPROC:-$GPUS}"                            # ranks on this node: a card each; NPROC=2 tries two ranks on a CPU
   mkdir -p "$run/logs"
@@ -144,14 +144,14 @@ for ((i = 0; i < seeds; i++)); do
   join
 done
 rm -f "$run/logs/report.done"                        # a report is cheap, and the run may have grown
-step report python report.py --recipe "$recipe" "$run"
+step report python -m tools.report --recipe "$recipe" "$run"
 }
 
 if [ -n "$plan" ]; then
   step() { shift; echo "$*"; }
   spawn() { "$@"; }
   join() { :; }
-  everything | "$bare" plan.py "$recipe"
+  everything | "$bare" -m tools.plan "$recipe"
   exit
 fi
 everything

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-import handover
 
 # ---------------------------------------------------------------------------------------- sources: which column is what
 
@@ -96,7 +95,7 @@ def open_rows(args):
     """Stream the rows of `--source`. -> iterator of dict (column -> value)."""
     path = Path(args.source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
-        return handover.read_jsonl(path, {})
+        return common.read_jsonl(path, {})
     from datasets import load_dataset, load_from_disk   # takes seconds to import: only where it is needed
     split = args.split or next((s.split for s in SOURCES.values() if args.source in s.hub), "train")
     if path.is_file() and path.suffix == ".parquet":
@@ -178,7 +177,7 @@ class Overlap:
         self.n, self.counts, self.dropped = n, Counter(), []
         holders = {}                                   # n-gram -> benchmark problems that hold it
         for path in paths:
-            for row in handover.read_jsonl(path, {"pid": str, "problem": str}):
+            for row in common.read_jsonl(path, {"pid": str, "problem": str}):
                 self.counts[Path(path).stem] += 1
                 for gram in self.grams(row["problem"]):
                     holders.setdefault(gram, set()).add((Path(path).stem, row["pid"]))
@@ -208,7 +207,7 @@ class Overlap:
             "most_frequent": Counter(d["ngram"] for d in self.dropped).most_common(20),
             "dropped": self.dropped,
         }
-        with handover.replace_file(path) as file:
+        with common.replace_file(path) as file:
             json.dump(body, file, indent=1, ensure_ascii=False)
         parts = [f"{b} {by_benchmark[b]} (of its {n} problems {found[b]} are met)" for b, n in self.counts.items()]
         print(f"contamination ({self.n}-gram): {len(self.dropped)} training problems dropped; {', '.join(parts)}; "

@@ -44,15 +44,15 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     import common
-    import handover
-    import verifier
+    from model import END_OF_TURN, load_tokenizer, model_dir, render_prompt
+    from grading import verifier
     rlvr = importlib.import_module("04_rlvr")
-    tokenizer = common.load_tokenizer(args.model)
-    tokenizer.eos_token = common.END_OF_TURN
-    problems = list(handover.read_jsonl(args.data))
+    tokenizer = load_tokenizer(args.model)
+    tokenizer.eos_token = END_OF_TURN
+    problems = list(common.read_jsonl(args.data))
     ordered = [problems[i] for s in range(1, args.steps + 1) for i in rlvr.prompts_of_step(len(problems), PROMPTS, args.seed, s)]
-    text = [tokenizer.decode(common.render_prompt(tokenizer, p["problem"])) for p in ordered]
-    assert all(tokenizer(t)["input_ids"] == common.render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))
+    text = [tokenizer.decode(render_prompt(tokenizer, p["problem"])) for p in ordered]
+    assert all(tokenizer(t)["input_ids"] == render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))
     data = Dataset.from_dict({"prompt": text, "answer": [p["answer"] for p in ordered]})
 
     def reward(prompts, completions, answer, **_):
@@ -78,7 +78,7 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
             if "reward" in logs:
                 rewards.append(logs["reward"])
 
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(common.model_dir(args.model), dtype=torch.float32), args=config, train_dataset=data,
+    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(model_dir(args.model), dtype=torch.float32), args=config, train_dataset=data,
                           processing_class=tokenizer, reward_funcs=reward, callbacks=[Clock()])
 
     def timed(name, function):

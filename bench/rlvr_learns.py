@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import handover
+import common
+
 
 
 def shuffled(give_rewards):
@@ -41,12 +42,12 @@ def call(*argv):
 
 
 def pass1(evaluated: Path) -> float:
-    rows = list(handover.read_jsonl(evaluated / "id.problems.jsonl"))
+    rows = list(common.read_jsonl(evaluated / "id.problems.jsonl"))
     return sum(r["n_correct"] for r in rows) / sum(r["n"] for r in rows)
 
 
 def rewards(trained: Path) -> str:
-    reward = [row["reward"] for row in handover.read_jsonl(trained / "metrics.jsonl")]
+    reward = [row["reward"] for row in common.read_jsonl(trained / "metrics.jsonl")]
     return f"{statistics.fmean(reward[:3]):.3f} -> {statistics.fmean(reward[-3:]):.3f}"
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-import handover
+from model import encode_text, load_model, load_tokenizer
 
 stage = importlib.import_module("02_verify_score")
 
@@ -38,13 +38,13 @@ def responses(tokenizer, n: int, mixed: bool) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"], check=True,
                        stdout=subprocess.DEVNULL)
-        texts = [text for row in handover.read_jsonl(Path(folder) / "teacher_source.jsonl")
+        texts = [text for row in common.read_jsonl(Path(folder) / "teacher_source.jsonl")
                  for text in row["DeepSeek-R1_Response_List"]]
     if not mixed:
         return texts[:n]
     draw = np.random.default_rng(0)
     lengths = np.exp(draw.uniform(np.log(8), np.log(500), n)).astype(int)
-    running, start = sum(common.encode_text(tokenizer, texts), []), 0
+    running, start = sum(encode_text(tokenizer, texts), []), 0
     running = np.resize(running, lengths.sum())
     borders = np.concatenate([[0], lengths.cumsum()])
     return [tokenizer.decode(running[a:b].tolist()) for a, b in zip(borders, borders[1:])]
@@ -66,7 +66,7 @@ def plain_loop(model, tokenizer, texts):
     """The way of many scripts: `model(ids, labels=ids).loss`, one response at a time."""
     ppl = []
     for text in texts:
-        ids = torch.tensor([common.encode_text(tokenizer, text)])
+        ids = torch.tensor([encode_text(tokenizer, text)])
         ppl.append(model(input_ids=ids, labels=ids, use_cache=False).loss.exp().item())
     return np.array(ppl)
 
@@ -74,7 +74,7 @@ def plain_loop(model, tokenizer, texts):
 @torch.no_grad()
 def padded_batches(model, tokenizer, texts, batch: int = 32):
     """Sorted by length, right-padded, 32 responses at a time, full logits."""
-    ids = common.encode_text(tokenizer, texts)
+    ids = encode_text(tokenizer, texts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ppl = np.zeros(len(ids))
     for rows in (order[i:i + batch] for i in range(0, len(order), batch)):
@@ -96,12 +96,12 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
-    tokenizer = common.load_tokenizer(args.model)
-    stock, packed = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), common.load_model(args.model)
+    tokenizer = load_tokenizer(args.model)
+    stock, packed = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), load_model(args.model)
     ways = {"plain loop": (plain_loop, stock), "padded batches of 32": (padded_batches, stock), "02 score": (ours, packed)}
     for name, mixed in (("traces", False), ("mixed", True)):
         texts = responses(tokenizer, args.responses, mixed)
-        lengths = [len(ids) for ids in common.encode_text(tokenizer, texts)]
+        lengths = [len(ids) for ids in encode_text(tokenizer, texts)]
         seconds, result = {way: [] for way in ways}, {}
         for way, (run, model) in ways.items():      # warm-up
             run(model, tokenizer, texts[:64])

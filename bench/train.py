@@ -25,10 +25,10 @@ PER_STEP, LR, SKIP = 32, 1e-3, 5
 
 def make_data(folder: Path, model: str):
     """1,500 toy traces as a training set, one per query."""
-    import handover
+    import common
     subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
     with open(folder / "train.jsonl", "w") as file:
-        for i, row in enumerate(handover.read_jsonl(folder / "teacher_source.jsonl")):
+        for i, row in enumerate(common.read_jsonl(folder / "teacher_source.jsonl")):
             responses = row["DeepSeek-R1_Response_List"]
             file.write(json.dumps({"sid": str(i), "pid": str(i), "problem": row["query"], "response": responses[i % len(responses)],
                                    "objective": "ce"}) + "\n")
@@ -37,11 +37,11 @@ def make_data(folder: Path, model: str):
 
 def sequences(args):
     import common
-    import handover
-    tokenizer = common.load_tokenizer(args.model)
-    for row in handover.read_jsonl(args.data):
-        prompt = common.render_prompt(tokenizer, row["problem"])
-        yield prompt + common.encode_response(tokenizer, row["response"]), len(prompt)
+    from model import encode_response, load_tokenizer, render_prompt
+    tokenizer = load_tokenizer(args.model)
+    for row in common.read_jsonl(args.data):
+        prompt = render_prompt(tokenizer, row["problem"])
+        yield prompt + encode_response(tokenizer, row["response"]), len(prompt)
 
 
 def run_ours(args):
@@ -84,7 +84,7 @@ def run_trl(args, micro_batch: int, packing: bool):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-    import common
+    from model import load_tokenizer
     rows = list(sequences(args))
     data = Dataset.from_dict({"input_ids": [s for s, _ in rows], "completion_mask": [[0] * p + [1] * (len(s) - p) for s, p in rows]})
     mean_tokens = sum(len(s) for s, _ in rows) / len(rows)
@@ -109,7 +109,7 @@ def run_trl(args, micro_batch: int, packing: bool):
                 losses.append(logs["loss"])
 
     trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(args.model), args=config, train_dataset=data,
-                         processing_class=common.load_tokenizer(args.model), callbacks=[Clock()])
+                         processing_class=load_tokenizer(args.model), callbacks=[Clock()])
     forward = trainer.compute_loss
 
     def counting(model, inputs, *rest, **more):          # the sequences' own tokens that went through

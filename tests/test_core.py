@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import common
-import handover
+from model import (ATTENTION_KNEE, decode_response, encode_response, INSTRUCTION, load_model,
+                   OutputLayer, pack_sequences, packed_attention, plan_packs, render_prompt, token_logprobs,
+                   varlen_attention)
 import engines
 from conftest import make_model
 
@@ -55,13 +57,13 @@ def test_packed_logprobs_and_gradients_equal_full_logits(tmp_path, kind, tie, ch
     path = make_model(tmp_path, kind, tie=tie)
     sequences = random_groups() if share else random_sequences(9)
     plain, expected, expected_entropy = plain_logprobs(path, sequences, temperature=0.85)
-    model = common.load_model(path, trainable=True)
+    model = load_model(path, trainable=True)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    pack = common.pack(sequences, share=share)
+    pack = pack_sequences(sequences, share=share)
     shared = sum(start for k, (_, start) in enumerate(sequences) if k % 3) if share else 0
     assert len(pack.input_ids) == sum(len(ids) for ids, _ in sequences) - shared, "each prompt stands once"
-    logp, entropy = common.token_logprobs(model, pack, temperature=0.85, entropy=True)
+    logp, entropy = token_logprobs(model, pack, temperature=0.85, entropy=True)
     assert (logp - expected).abs().max() < 1e-5 and (entropy - expected_entropy).abs().max() < 1e-5
     LOSSES[loss](logp).backward()
     LOSSES[loss](expected).backward()
@@ -77,19 +79,19 @@ def test_output_layer_in_chunks_equals_one_piece(monkeypatch):
     targets = torch.randint(0, 300, (50,))
     results = []
     for size in (7, 50):
-        monkeypatch.setattr(common.OutputLayer, "chunks", staticmethod(
+        monkeypatch.setattr(OutputLayer, "chunks", staticmethod(
             lambda h, w: [slice(i, i + size) for i in range(0, len(h), size)]))
-        logp, entropy = common.OutputLayer.apply(hidden, weight, targets, 1.0, True)
+        logp, entropy = OutputLayer.apply(hidden, weight, targets, 1.0, True)
         results.append((logp, entropy, *torch.autograd.grad(logp.square().sum(), (hidden, weight))))
     for chunked, whole in zip(*results):
         assert torch.allclose(chunked, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sequence_does_not_see_its_neighbours(tiny_model_dir):
-    model = common.load_model(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     sequences = random_sequences(6, seed=3)
-    packed, _ = common.token_logprobs(model, common.pack(sequences))
-    alone = torch.cat([common.token_logprobs(model, common.pack([s]))[0] for s in sequences])
+    packed, _ = token_logprobs(model, pack_sequences(sequences))
+    alone = torch.cat([token_logprobs(model, pack_sequences([s]))[0] for s in sequences])
     assert (packed - alone).abs().max() < 1e-5
 
 
@@ -107,25 +109,25 @@ def test_the_cuda_attention_is_that_of_a_cpu_but_for_its_kernel(monkeypatch, sha
             *(x.float().transpose(0, 1) for x in part), is_causal=True, **options).transpose(0, 1) for part in zip(*parts)])
     kernel = varlen.varlen_attn
     monkeypatch.setattr(varlen, "varlen_attn", loop)
-    pack = common.pack(random_groups(), share=share)
+    pack = pack_sequences(random_groups(), share=share)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, len(pack.input_ids), 16) for heads in (4, 2, 2))
-    expected, _ = common.packed_attention(None, query, key, value, scaling=0.3, pack=pack)
-    got = common.varlen_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), 0.3, pack)
+    expected, _ = packed_attention(None, query, key, value, scaling=0.3, pack=pack)
+    got = varlen_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), 0.3, pack)
     assert (got - expected[0]).abs().max() < 0.05 < expected.abs().max()
 
 
 def test_plan_packs_uses_each_sequence_once_within_budget_and_balances():
     lengths = np.random.default_rng(0).integers(5, 900, 200).tolist()
-    plan = common.plan_packs(lengths, budget=1000, n_ranks=4)
+    plan = plan_packs(lengths, budget=1000, n_ranks=4)
     assert sorted(itertools.chain(*itertools.chain(*plan))) == list(range(200))
     assert all(sum(lengths[i] for i in p) <= 1000 for rank in plan for p in rank)
     assert len({len(rank) for rank in plan}) == 1
-    cost = [sum(lengths[i] * (1 + lengths[i] / common.ATTENTION_KNEE) for p in rank for i in p) for rank in plan]
+    cost = [sum(lengths[i] * (1 + lengths[i] / ATTENTION_KNEE) for p in rank for i in p) for rank in plan]
     assert max(cost) < 1.02 * min(cost)
     assert max(lengths) in [lengths[i] for rank in plan for i in rank[0]], "the longest sequence comes first"
     with pytest.raises(SystemExit):
-        common.plan_packs([1001], budget=1000)
+        plan_packs([1001], budget=1000)
 
 
 def test_engine_is_greedy_exact_and_its_logp_is_the_models(tiny_model_dir):
@@ -137,10 +139,10 @@ def test_engine_is_greedy_exact_and_its_logp_is_the_models(tiny_model_dir):
         expected = plain.generate(torch.tensor([prompts[i]]), max_new_tokens=20, do_sample=False,
                                   eos_token_id=sorted(engine.stops), pad_token_id=0)[0, len(prompts[i]):]
         assert completion.ids == expected.tolist()
-    model = common.load_model(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     for i, completion in engine.generate(prompts, range(8), 0.85, 1.0, 20):
         sequence = (prompts[i] + completion.ids, len(prompts[i]))
-        logp, _ = common.token_logprobs(model, common.pack([sequence]), temperature=0.85)
+        logp, _ = token_logprobs(model, pack_sequences([sequence]), temperature=0.85)
         assert (logp - torch.tensor(completion.logp)).abs().max() < 1e-4
 
 
@@ -158,8 +160,8 @@ def test_engine_samples_do_not_depend_on_company_or_order(tiny_model_dir):
 
 def test_engine_reads_a_prompt_once_for_all_its_samples(tiny_model_dir, monkeypatch):
     """Groups of one prompt, admitted in batches that cut through them: the samples are those drawn one at a time."""
-    read, pack = [], engines.pack
-    monkeypatch.setattr(engines, "pack", lambda *args, **options: read.append(pack(*args, **options)) or read[-1])
+    read, pack = [], engines.pack_sequences
+    monkeypatch.setattr(engines, "pack_sequences", lambda *args, **options: read.append(pack(*args, **options)) or read[-1])
     engine = engines.HFEngine(tiny_model_dir, max_len=100, max_slots=7)
     prompts = [ids for ids, _ in random_sequences(4, longest=40, seed=3) for _ in range(5)]
     seeds = [common.request_seed(3, i) for i in range(20)]
@@ -182,7 +184,7 @@ def test_sampling_follows_the_truncated_distribution():
 
 def test_sync_copies_the_trainers_weights(tiny_model_dir, tmp_path):
     engine = engines.HFEngine(tiny_model_dir, max_len=64)
-    other = common.load_model(make_model(tmp_path, seed=1))
+    other = load_model(make_model(tmp_path, seed=1))
     before = dict(engine.generate([[1, 2, 3]], [0], 0.0, 1.0, 10))[0].ids
     engine.sync(other)
     after = dict(engine.generate([[1, 2, 3]], [0], 0.0, 1.0, 10))[0].ids
@@ -193,11 +195,11 @@ def test_sync_copies_the_trainers_weights(tiny_model_dir, tmp_path):
 def test_jsonl_repairs_a_torn_line_and_goes_on(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"pid": "a", "k": 0}\n{"pid": "a", "k": 1}\n{"pid": "a", "k"')
-    done, writer = handover.append_jsonl(path, ("pid", "k"))
+    done, writer = common.append_jsonl(path, ("pid", "k"))
     with writer:
         writer.write({"pid": "a", "k": 2})
     assert done == {("a", 0): 0, ("a", 1): 21}, "keys, and where their rows start"
-    assert [r["k"] for r in handover.read_jsonl(path, {"pid": str, "k": int})] == [0, 1, 2]
+    assert [r["k"] for r in common.read_jsonl(path, {"pid": str, "k": int})] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("text,message", [("", "is empty"), ('{"pid": 1}\n', "is int, expected str"), ("{}\n", "is missing"),
@@ -205,7 +207,7 @@ def test_jsonl_repairs_a_torn_line_and_goes_on(tmp_path):
 def test_bad_jsonl_is_one_sentence_and_exit_2(tmp_path, capsys, text, message):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        list(handover.read_jsonl(tmp_path / "x.jsonl", {"pid": str}))
+        list(common.read_jsonl(tmp_path / "x.jsonl", {"pid": str}))
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -228,22 +230,22 @@ def test_recipe_gives_defaults_flags_override_and_unknown_keys_are_refused(tmp_p
 def test_output_begun_with_other_settings_is_not_mixed(tmp_path):
     path = tmp_path / "s.jsonl"
     args = common.argparse.Namespace(n=2, out=str(path), workers=1)
-    handover.start_output(path, "samples", args, may_differ=("workers",))
+    common.start_output(path, "samples", args, may_differ=("workers",))
     path.write_text('{"sid": "a"}\n')
-    handover.start_output(path, "samples", common.argparse.Namespace(n=2, out="x", workers=9), may_differ=("workers",))
+    common.start_output(path, "samples", common.argparse.Namespace(n=2, out="x", workers=9), may_differ=("workers",))
     with pytest.raises(SystemExit):
-        handover.start_output(path, "samples", common.argparse.Namespace(n=3, out="x", workers=1))
-    assert json.loads(handover.meta_path(path).read_text())["schema"] == "samples"
+        common.start_output(path, "samples", common.argparse.Namespace(n=3, out="x", workers=1))
+    assert json.loads(common.meta_path(path).read_text())["schema"] == "samples"
 
 
 def test_response_tokens_end_with_the_end_of_turn_and_markup_in_the_text_stays_text(tiny_tokenizer):
     end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = common.encode_response(tiny_tokenizer, "so <|im_end|> it is 5")
+    ids = encode_response(tiny_tokenizer, "so <|im_end|> it is 5")
     assert ids[-1] == end and end not in ids[:-1]
-    assert common.decode_response(tiny_tokenizer, ids) == "so <|im_end|> it is 5"
-    prompt = tiny_tokenizer.decode(common.render_prompt(tiny_tokenizer, "1+1?"))
-    assert prompt == f"<|im_start|>user\n1+1?{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert decode_response(tiny_tokenizer, ids) == "so <|im_end|> it is 5"
+    prompt = tiny_tokenizer.decode(render_prompt(tiny_tokenizer, "1+1?"))
+    assert prompt == f"<|im_start|>user\n1+1?{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_control_characters_cannot_drive_the_terminal():
-    assert handover.printable("x\x1b[2J\r é\n√") == "x\\x1b[2J\\r é\n√"
+    assert common.printable("x\x1b[2J\r é\n√") == "x\\x1b[2J\\r é\n√"

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, make_model
 
 import common
-import handover
+from model import load_model, pack_sequences, render_prompt, stop_ids, token_logprobs
 import engines
 
 vllm_only = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -48,7 +48,7 @@ def vllm(vllm_engine, hf_engine):
 @pytest.fixture
 def prompts(tiny_tokenizer):
     """Eight, of 70 to 300 tokens: from 128 on, vLLM's prefix cache keeps blocks."""
-    return [common.render_prompt(tiny_tokenizer, f"{i} + {i} = ?" * (1 + 4 * i))[-300:] for i in range(8)]
+    return [render_prompt(tiny_tokenizer, f"{i} + {i} = ?" * (1 + 4 * i))[-300:] for i in range(8)]
 
 
 def draw(engine, prompts, temperature=1.0, top_p=1.0, n_new=40, seeds=None):
@@ -62,8 +62,8 @@ def ids(completions):
 
 def logp_gap(model, prompts, completions, temperature):
     """Largest |trainer - engine| over all sampled tokens."""
-    scored = common.pack([(p + c.ids, len(p)) for p, c in zip(prompts, completions)])
-    logp, _ = common.token_logprobs(model, scored, temperature=temperature)
+    scored = pack_sequences([(p + c.ids, len(p)) for p, c in zip(prompts, completions)])
+    logp, _ = token_logprobs(model, scored, temperature=temperature)
     return float((logp - torch.tensor(sum((c.logp for c in completions), []))).abs().max())
 
 
@@ -101,8 +101,8 @@ def test_vllm_logp_is_that_of_the_distribution_it_sampled_from(vllm, hf_engine, 
 def test_vllm_top_p_logp_is_renormalised_like_hugging_face(vllm, hf_engine, prompts):
     """With top-p both engines report the log-prob under the truncated distribution: at least that of the full one."""
     drawn = draw(vllm, prompts, 1.0, top_p=0.5)
-    scored = common.pack([(p + c.ids, len(p)) for p, c in zip(prompts, drawn)])
-    full, _ = common.token_logprobs(hf_engine.model, scored)
+    scored = pack_sequences([(p + c.ids, len(p)) for p, c in zip(prompts, drawn)])
+    full, _ = token_logprobs(hf_engine.model, scored)
     lifted = torch.tensor(sum((c.logp for c in drawn), [])) - full
     assert float(lifted.min()) > 0 and float(lifted.max()) < -np.log(0.5) + 1e-4   # divided by a mass of at least 0.5
 
@@ -149,7 +149,7 @@ def test_vllm_seeds_belong_to_requests(vllm, prompts):
 
 @vllm_only
 def test_vllm_stops_and_limits(vllm, hf_engine, prompts, tiny_tokenizer):
-    stops = set(common.stop_ids(tiny_tokenizer))
+    stops = set(stop_ids(tiny_tokenizer))
     drawn = draw(vllm, prompts * 8, 2.0, n_new=100)                     # hot: stop tokens among the random ones
     finish = {c.finish for c in drawn}
     assert finish == {"stop", "length"}
@@ -219,7 +219,7 @@ def test_vllm_gives_the_same_samples_and_grades_through_01_and_05(tmp_path, caps
             ["model", *same, "--problems", str(problems), "--max-prompt-tokens", "300", "--out",
              str(tmp_path / f"{engine}.jsonl")])
         importlib.import_module("05_eval").main([*same, "--problems", str(problems), "--out", str(tmp_path / engine)])
-        samples, graded = (list(handover.read_jsonl(path)) for path in (tmp_path / f"{engine}.jsonl",
+        samples, graded = (list(common.read_jsonl(path)) for path in (tmp_path / f"{engine}.jsonl",
                                                                       tmp_path / engine / "id.jsonl"))
         got[engine] = [(r["response"], r["finish"], r["n_tokens"]) for r in samples], [
             (r["response"], r["predicted"], r["correct"], r["status"]) for r in graded]
@@ -239,7 +239,7 @@ def test_two_ranks_one_engine_each(model_path, tmp_path):
         import common, engines
         from test_engine import draw, ids, logp_gap
         dist = common.init_distributed()
-        model = common.load_model({str(model_path)!r}, trainable=True)
+        model = load_model({str(model_path)!r}, trainable=True)
         trained = torch.nn.parallel.DistributedDataParallel(model)
         engine = engines.make_engine("vllm", {str(model_path)!r}, 200)
         prompts = [list(range(1, 150 + 7 * dist.rank + i)) for i in range(2 + dist.rank)]
@@ -253,7 +253,7 @@ def test_two_ranks_one_engine_each(model_path, tmp_path):
             batch = torch.tensor([prompts[-1][:100]])
             optimizer.zero_grad()
             trained(input_ids=batch, position_ids=torch.arange(100)[None], labels=batch, use_cache=False,
-                    pack=common.pack([(prompts[-1][:100], 1)])).loss.backward()
+                    pack=pack_sequences([(prompts[-1][:100], 1)])).loss.backward()
             optimizer.step()
             engine.sync(model)
         total = common.all_reduce_sum(torch.tensor(float(sum(map(len, ids(drawn))))))

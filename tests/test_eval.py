@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-import common as c
-import handover
-import stats
+import common
+from model import render_prompt
 
 evaluate = importlib.import_module("05_eval")
 ROOT = Path(__file__).parent.parent
@@ -28,10 +27,10 @@ def test_pass_at_k_is_the_exact_combinatorial_value():
     cases = [(128, x) for x in (0, 1, 2, 63, 64, 127, 128)]
     cases += [(n, rng.randint(0, n)) for n in rng.choices(range(1, 129), k=100)]
     for n, correct in cases:
-        curve = stats.pass_curve(n, correct)
+        curve = common.pass_curve(n, correct)
         for k in range(1, n + 1):
             exact = 1 - Fraction(math.comb(n - correct, k), math.comb(n, k))
-            assert abs(stats.pass_at_k(n, correct, k) - exact) < 1e-12
+            assert abs(common.pass_at_k(n, correct, k) - exact) < 1e-12
             assert abs(curve[k - 1] - exact) < 1e-12
 
 
@@ -40,19 +39,19 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     outcomes = [True, False, False, True, False, False]
     for k in range(1, 7):
         solved = [any(subset) for subset in combinations(outcomes, k)]
-        assert abs(stats.pass_at_k(6, 2, k) - sum(solved) / len(solved)) < 1e-15
+        assert abs(common.pass_at_k(6, 2, k) - sum(solved) / len(solved)) < 1e-15
 
 
 def test_t_quantile_against_tables():
     for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (29, 2.045), (1e5, 1.960)):
-        assert stats.t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
+        assert common.t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
 
 
 def covered(draw, truth, same_problems=True, repeats=1000):
     """Share of the 95 % intervals of `repeats` simulated studies that hold the truth."""
     rng, hits = np.random.default_rng(0), 0
     for _ in range(repeats):
-        _, low, high = stats.bootstrap([draw(rng)], same_problems, n_boot=1000)
+        _, low, high = common.bootstrap([draw(rng)], same_problems, n_boot=1000)
         hits += low[0] <= truth <= high[0]
     return hits / repeats
 
@@ -75,10 +74,10 @@ def test_bootstrap_over_problems_and_seeds_covers_the_truth():
 
 def test_bootstrap_weighs_benchmarks_alike_and_sees_pairs():
     few, many = np.full((3, 1), 1.0), np.linspace(0, 1, 101)[:, None]
-    mean, low, high = stats.bootstrap([[few], [many]])
+    mean, low, high = common.bootstrap([[few], [many]])
     assert mean[0] == pytest.approx(0.75) and low[0] < 0.75 < high[0]
-    assert [low, high] == list(stats.bootstrap([[few], [many]])[1:])             # repeatable
-    mean, low, high = stats.bootstrap([[many * 0 + 0.1]])                        # the same gain everywhere: no doubt
+    assert [low, high] == list(common.bootstrap([[few], [many]])[1:])             # repeatable
+    mean, low, high = common.bootstrap([[many * 0 + 0.1]])                        # the same gain everywhere: no doubt
     assert mean[0] == pytest.approx(0.1) and low[0] == pytest.approx(high[0])
 
 
@@ -118,9 +117,9 @@ def finished(tiny_model_dir, tmp_path_factory):
 
 def test_rows_and_results(finished, tiny_model_dir, tiny_tokenizer):
     out, paths = finished
-    rows = list(handover.read_jsonl(out / "a.jsonl"))
+    rows = list(common.read_jsonl(out / "a.jsonl"))
     assert [(row["pid"], row["k"]) for row in rows] == [(f"p{i}", k) for i in range(5) for k in range(3)]
-    assert all(row["seed"] == c.request_seed(42, row["pid"], row["k"]) and row["status"] != "ungraded" for row in rows)
+    assert all(row["seed"] == common.request_seed(42, row["pid"], row["k"]) and row["status"] != "ungraded" for row in rows)
     assert len({row["response"] for row in rows}) > 10
     results = json.loads((out / "results.json").read_text())
     assert sorted(results["benchmarks"]) == ["a", "b"] and results["benchmarks"]["b"]["n_problems"] == 3
@@ -137,11 +136,11 @@ def test_entropy_equals_a_plain_forward(finished, tiny_model_dir, tiny_tokenizer
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     out, paths = finished
-    rows = list(handover.read_jsonl(out / "a.jsonl"))
-    table = {row["pid"]: row for row in handover.read_jsonl(out / "a.problems.jsonl")}
+    rows = list(common.read_jsonl(out / "a.jsonl"))
+    table = {row["pid"]: row for row in common.read_jsonl(out / "a.problems.jsonl")}
     means = []
-    for problem in handover.read_jsonl(paths[0]):
-        prompt = c.render_prompt(tiny_tokenizer, problem["problem"])
+    for problem in common.read_jsonl(paths[0]):
+        prompt = render_prompt(tiny_tokenizer, problem["problem"])
         values = []
         for row in rows:
             if row["pid"] == problem["pid"]:
@@ -158,7 +157,7 @@ def test_entropy_equals_a_plain_forward(finished, tiny_model_dir, tiny_tokenizer
 def test_stopped_anywhere_it_ends_with_the_same_bytes(finished, tiny_model_dir, tmp_path):
     """Left-overs of a kill: half of the rows, ungraded, in a rank's part, the last one cut short; no entropy yet."""
     out, paths = finished
-    rows = [dict(row, predicted=None, correct=None, status="ungraded") for row in handover.read_jsonl(out / "a.jsonl")]
+    rows = [dict(row, predicted=None, correct=None, status="ungraded") for row in common.read_jsonl(out / "a.jsonl")]
     random.Random(0).shuffle(rows)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[:8])
     (tmp_path / "a.rank3.jsonl").write_text(lines[:-20])
@@ -180,7 +179,7 @@ def test_more_samples_keep_the_old_ones(finished, tiny_model_dir, tmp_path):
     out, paths = finished
     evaluate.main(flags(tiny_model_dir, tmp_path, paths[1], n=2, entropy_samples=1))
     evaluate.main(flags(tiny_model_dir, tmp_path, paths[1], n=3, entropy_samples=1))
-    text = lambda folder: [(row["pid"], row["k"], row["response"]) for row in handover.read_jsonl(folder / "b.jsonl")]
+    text = lambda folder: [(row["pid"], row["k"], row["response"]) for row in common.read_jsonl(folder / "b.jsonl")]
     assert text(tmp_path) == text(out)
 
 
@@ -215,7 +214,7 @@ def test_equal_pids_in_two_benchmarks_are_two_problems(tiny_model_dir, tmp_path)
              for name, text in (("a", "2+2?"), ("b", "what is the fourth root of 256, please?"))]
     evaluate.main(flags(tiny_model_dir, tmp_path / "out", *paths, n=2))
     evaluate.main(flags(tiny_model_dir, tmp_path / "alone", paths[1], n=2))
-    responses = lambda folder: [row["response"] for row in handover.read_jsonl(tmp_path / folder / "b.jsonl")]
+    responses = lambda folder: [row["response"] for row in common.read_jsonl(tmp_path / folder / "b.jsonl")]
     assert responses("out") == responses("alone")
 
 
@@ -254,7 +253,7 @@ def test_unknown_is_counted_apart_and_not_as_correct(tmp_path):
 def test_regrade_lists_what_changed(tmp_path, capsys):
     path, out = stored(tmp_path, COUNTS)
     regrade(path, out)
-    before = [row["response"] for row in handover.read_jsonl(out / "hand.jsonl")]
+    before = [row["response"] for row in common.read_jsonl(out / "hand.jsonl")]
     mended = [{"pid": pid, "problem": "2+2?", "answer": "5" if pid == "y" else "4"} for pid in COUNTS]
     write_rows(path, mended)
     capsys.readouterr()
@@ -262,12 +261,12 @@ def test_regrade_lists_what_changed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 of 12 verdicts changed" in printed and "y k=1: False" in printed
     assert result["pass_at_1"]["value"] == pytest.approx((0.5 + 0.75 + 1) / 3)
-    assert [row["response"] for row in handover.read_jsonl(out / "hand.jsonl")] == before
+    assert [row["response"] for row in common.read_jsonl(out / "hand.jsonl")] == before
 
 
 def test_show_makes_control_characters_visible(tmp_path, capsys):
     path, out = stored(tmp_path, {"x": ["right"]})
-    rows = [dict(row, response="<think>\x1b[2J\u202e</think>\\boxed{4}") for row in handover.read_jsonl(out / "hand.jsonl")]
+    rows = [dict(row, response="<think>\x1b[2J\u202e</think>\\boxed{4}") for row in common.read_jsonl(out / "hand.jsonl")]
     write_rows(out / "hand.jsonl", rows)
     regrade(path, out, "--show", "1")
     printed = capsys.readouterr().out
@@ -285,7 +284,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
     bench = evaluate.Benchmark(path, out)
     rows, _ = evaluate.grade(bench, evaluate.parse(["--problems", str(path), "--out", str(out), "--regrade"]))
     assert evaluate.second_opinion(bench, rows, lambda response, answer: "4" in response, out) == 2   # open and no_box
-    assert {row["pid"] for row in handover.read_jsonl(out / "hand.disagreements.jsonl")} == {"x", "y"}
+    assert {row["pid"] for row in common.read_jsonl(out / "hand.disagreements.jsonl")} == {"x", "y"}
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common as c
-import report
+from model import encode_response, load_model, load_tokenizer, pack_sequences, render_prompt, token_logprobs
+from tools import report
 from conftest import make_model
 from toy import explain, make_base, world
 
@@ -39,7 +39,7 @@ def write_eval(folder, shares, right, problems, tokenizer, shift=0.0):
                 written[style] += 1                                       # exactly `right` of a style's are right
                 fine = int(written[style] * (right[style] - shift)) > int((written[style] - 1) * (right[style] - shift))
                 response = world.trace(rng, style, problem, wrong=not fine)
-                ids = {"ids": c.encode_response(tokenizer, response)} if k < 4 else {}    # 05 keeps those of a few
+                ids = {"ids": encode_response(tokenizer, response)} if k < 4 else {}    # 05 keeps those of a few
                 rows.append({"pid": f"{b}-{i}", "k": k, "response": response, "correct": fine, **ids})
         write_rows(folder / f"{b}.jsonl", rows)
         write_rows(folder / f"{b}.problems.jsonl", [
@@ -49,7 +49,7 @@ def write_eval(folder, shares, right, problems, tokenizer, shift=0.0):
 
 
 def write_run(path, model, seeds=(0, 1), ablations=True):
-    tokenizer = c.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     problems = {b: world.eval_problems(N_PROBLEMS)[b] for b in ("id", "hard")}
     for seed in seeds:
         folder = path / f"seed-{seed}"
@@ -134,7 +134,7 @@ def test_a_difference_splits_into_choice_and_execution():
 def test_kinds_of_tokens():
     tokenizer = make_base.build_tokenizer()
     kinds = lambda text: [explain.KINDS[i] for i in
-                          explain.kinds_of(tokenizer.convert_ids_to_tokens(c.encode_response(tokenizer, text)))]
+                          explain.kinds_of(tokenizer.convert_ids_to_tokens(encode_response(tokenizer, text)))]
     opening = world.OPENINGS["col"][0]
     assert kinds(f"<think>{opening}A+25, so 7") == ["arithmetic", "choice", *["arithmetic"] * 5, "words",
                                                     "arithmetic", "arithmetic"]
@@ -143,16 +143,16 @@ def test_kinds_of_tokens():
 
 
 def test_entropy_by_kind_against_plain_softmax(model):
-    tokenizer, net, rng = c.load_tokenizer(model), c.load_model(model), random.Random(3)
+    tokenizer, net, rng = load_tokenizer(model), load_model(model), random.Random(3)
     problems = world.eval_problems(6)["id"]
-    samples = [(world.problem_text(p), c.encode_response(tokenizer, world.trace(rng, style, p)))
+    samples = [(world.problem_text(p), encode_response(tokenizer, world.trace(rng, style, p)))
                for p, style in zip(problems, ("col", "boiler", "noisy", "leap", "split", "terse"))]
     found = explain.entropy_by_kind(net, tokenizer, samples)
     values = [[], [], []]
     for problem, ids in samples:
-        prompt = c.render_prompt(tokenizer, problem)
+        prompt = render_prompt(tokenizer, problem)
         with torch.no_grad():
-            pack = c.pack([(prompt + ids, 1)])
+            pack = pack_sequences([(prompt + ids, 1)])
             hidden = net.model(input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], pack=pack,
                                use_cache=False).last_hidden_state[0]
             logp = torch.log_softmax(hidden @ net.get_output_embeddings().weight.T, dim=-1)

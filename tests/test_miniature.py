@@ -108,4 +108,4 @@ def test_miniature_of_the_papers_recipe(tmp_path):
     assert {f.parent.name for f in ranks} == {"0", "1"}                              # a log for each rank
     again = subprocess.run(["bash", ROOT / "run_all.sh", recipe], capture_output=True, text=True, env=env, timeout=60)
     commands = [line for line in again.stdout.splitlines() if line.startswith("+ ")]
-    assert again.returncode == 0 and [c.split()[2] for c in commands] == ["report.py"]   # what is done is not done again
+    assert again.returncode == 0 and [c.split()[3] for c in commands] == ["tools.report"]   # what is done is not done again

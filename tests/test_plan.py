@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT, make_model
 
 import common
+from model import halve_linear, load_model, pack_sequences, save_checkpoint, token_logprobs
 import engines
-import plan
+from tools import plan
 
 SCRIPTS = {"01_sample": "main", "02_verify_score": "main", "03_train_oxa": "config", "04_rlvr": "config",
-           "05_eval": "parse", "report": "parse"}                # and the function that makes its parser
+           "05_eval": "parse", "tools.report": "parse"}                # and the function that makes its parser
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
 TINY = {"tied": {}, "untied": {"tie": False}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
                                                        "hidden_size": 128}}
@@ -53,7 +54,7 @@ def sections():
 def tiny(request, tmp_path_factory):
     """(a planner's model, the real one, its directory)"""
     path = make_model(tmp_path_factory.mktemp(request.param), **TINY[request.param])
-    return plan.find_model(path), common.load_model(path, trainable=True), path
+    return plan.find_model(path), load_model(path, trainable=True), path
 
 
 # ----------------------------------------------------------------------------------------- sizes against real models
@@ -75,8 +76,8 @@ def test_parameters_of_the_known_models():
 def test_optimizer_gradients_and_checkpoint(tiny, tmp_path, tiny_tokenizer):
     sizes, model, _ = tiny
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    packed = common.pack([(list(range(20)), 1)])
-    common.token_logprobs(model, packed)[0].sum().backward()
+    packed = pack_sequences([(list(range(20)), 1)])
+    token_logprobs(model, packed)[0].sum().backward()
     optimizer.step()
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     gradients = sum(p.grad.nbytes for p in model.parameters())
@@ -86,8 +87,8 @@ def test_optimizer_gradients_and_checkpoint(tiny, tmp_path, tiny_tokenizer):
     sharded = plan.Planner({}, 8).training_memory(sizes, {**s, "shard": True})
     assert sharded["optimizer"] == state / 8 and "DDP buckets" not in sharded
 
-    common.save_checkpoint(tmp_path, "step-000001", model, tiny_tokenizer, optimizer, step=1)
-    common.save_checkpoint(tmp_path, "final", model, tiny_tokenizer)
+    save_checkpoint(tmp_path, "step-000001", model, tiny_tokenizer, optimizer, step=1)
+    save_checkpoint(tmp_path, "final", model, tiny_tokenizer)
     files = [f for f in tmp_path.rglob("*") if f.name in ("model.safetensors", "state.pt")]
     weights_and_state = sum(f.stat().st_size for f in files)
     expected = plan.Planner({}, 1).checkpoint(sizes, 1)
@@ -108,7 +109,7 @@ def test_flops_of_a_forward_pass(tiny):
     length = 40
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):       # it does not see the CPU's fused kernel
-        common.token_logprobs(model, common.pack([(list(range(length)), 1)]))
+        token_logprobs(model, pack_sequences([(list(range(length)), 1)]))
     layers, output = sizes.forward_flops(length)
     attention = 2 * sizes.layers * sizes.width * length
     ours = (layers - attention * plan.SPREAD + 2 * attention) * length + output * (length - 1)
@@ -119,15 +120,15 @@ def test_flops_of_a_forward_pass(tiny):
 def test_frozen_models_keep_their_numbers_in_half_the_memory(tie, tmp_path):
     """bf16 linear layers under autocast: the very numbers of float32 weights under autocast, and the planned bytes."""
     path = make_model(tmp_path / "m", tie=tie)
-    model = common.load_model(path)
-    packed = common.pack([(list(range(60)), 1), (list(range(7, 30)), 4)])
+    model = load_model(path)
+    packed = pack_sequences([(list(range(60)), 1), (list(range(7, 30)), 4)])
 
     def hidden():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             return model.model(input_ids=packed.input_ids[None], position_ids=packed.position_ids[None], pack=packed,
                                use_cache=False).last_hidden_state
     before = hidden()
-    common.halve_linear(model)
+    halve_linear(model)
     assert torch.equal(before, hidden())
     assert plan.find_model(path).frozen_bytes() == sum(p.nbytes for p in model.parameters())
 
@@ -191,7 +192,7 @@ def test_read_command():
     assert section == "eval" and s["n"] == 2 and s["problems"] == ["d/aime24.jsonl", "d/minerva.jsonl"]
     assert planner.cost(section, s).notes == ("302 problems, 17,468 samples",)          # 30 x 2 + 272 x 64
     assert plan.read_command("python 01_sample.py model --n 3 --limit 10".split(), planner)[1]["n"] == 3
-    assert plan.read_command("python report.py runs/x".split(), planner) == (None, {})
+    assert plan.read_command("python -m tools.report runs/x".split(), planner) == (None, {})
 
 
 # -------------------------------------------------------------------------------------------- recipes and the scripts
@@ -260,7 +261,7 @@ def test_plan_of_run_all(name, tmp_path):
     assert done.returncode == 0 and not done.stderr and seconds < 20
     text = done.stdout
     for script in ("01_sample.py model", "02_verify_score.py score", "02_verify_score.py select", "03_train_oxa.py",
-                   "04_rlvr.py", "05_eval.py", "report.py"):
+                   "04_rlvr.py", "05_eval.py", "tools.report"):
         assert script in text
     assert "DOES NOT FIT" not in text and not (tmp_path / "runs").exists()
     if name != "toy":
@@ -277,19 +278,11 @@ def test_paper_recipe_cannot_start_here():
 
 def test_plan_needs_nothing_installed():
     commands = "python 03_train_oxa.py --data a/sft/train.jsonl\n"
-    done = subprocess.run([sys.executable, "-I", "-S", ROOT / "plan.py", ROOT / "recipes/paper_7b.toml"],
+    done = subprocess.run([sys.executable, "-S", "-m", "tools.plan", ROOT / "recipes/paper_7b.toml"],
                           input=commands,
                           capture_output=True, text=True, cwd=ROOT, env={"PATH": os.environ["PATH"],
                                                                          "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0 and "2,340 steps" in done.stdout
-
-
-@pytest.mark.parametrize("script", ["01_sample.py model", "02_verify_score.py score", "03_train_oxa.py", "04_rlvr.py",
-                                    "05_eval.py"])
-def test_plan_of_each_script(script):
-    done = subprocess.run([sys.executable, *script.split(), "--recipe", "recipes/paper_1.5b.toml", "--plan"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "on 8 cards" in done.stdout and "a card's memory" in done.stdout, done.stderr
 
 
 def test_missing_files_cache_and_wrong_recipes(tmp_path, monkeypatch, capsys):

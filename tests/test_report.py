@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-import handover
-import report
+import common
+from tools import report
 
 evaluate, prepare = importlib.import_module("05_eval"), importlib.import_module("02_verify_score")
 
@@ -165,7 +165,7 @@ def test_interval_of_a_difference_is_paired(tmp_path):
         for b in N_PROBLEMS:
             for arm, gain in (("sft", 0), ("oxa_full", 1)):
                 path = tmp_path / f"seed-{seed}" / arm / "eval" / f"{b}.problems.jsonl"
-                rows = [dict(row, n_correct=min(row["n_correct"], N - 1) + gain) for row in handover.read_jsonl(path)]
+                rows = [dict(row, n_correct=min(row["n_correct"], N - 1) + gain) for row in common.read_jsonl(path)]
                 write_rows(path, rows)
     e = report.estimate(report.load_run(tmp_path), 1, "oxa_full", "sft")
     assert (e["value"], e["low"], e["high"]) == pytest.approx((1 / N,) * 3)
@@ -234,7 +234,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert stop.value.code == 2 and "holds no evaluation" in capsys.readouterr().err
     write_run(tmp_path, (0,), ("sft", "oxa_full"), ())
     path = tmp_path / "seed-0" / "sft" / "eval" / "id.problems.jsonl"
-    write_rows(path, list(handover.read_jsonl(path))[1:])
+    write_rows(path, list(common.read_jsonl(path))[1:])
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path)])
     assert stop.value.code == 2 and "different problems" in capsys.readouterr().err

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import common
-import handover
+from model import (distribute, encode_response, encode_text, gradient_sync, latest_checkpoint,
+                   load_model, load_tokenizer, pack_sequences, render_prompt, token_logprobs)
 import engines
-import verifier
+from grading import verifier
 from conftest import ROOT, make_model
 
 rlvr = importlib.import_module("04_rlvr")
@@ -50,7 +51,7 @@ def configure(*more, model="m", problems="p", out="o"):
 
 def run(model, problems, out, *more):
     rlvr.main(["--model", str(model), "--problems", str(problems), "--out", str(out), *BASIC, *map(str, more)])
-    return list(handover.read_jsonl(Path(out) / "metrics.jsonl"))
+    return list(common.read_jsonl(Path(out) / "metrics.jsonl"))
 
 
 def fixed_rollouts(n_groups, group, seed=0, vocabulary=259, longest=9, shift=0.3):
@@ -134,7 +135,7 @@ def plain_loss(path, ref_path, rollouts, old, args):
 def test_loss_and_gradient_equal_a_plain_computation(tmp_path_factory, flags):
     home = tmp_path_factory.mktemp("loss")
     path, ref_path = make_model(home / "policy", seed=1, tie=False), make_model(home / "ref", seed=1, tie=False)
-    model = common.load_model(path, trainable=True)
+    model = load_model(path, trainable=True)
     with torch.no_grad():   # the reference is near the policy, not equal to it
         torch.manual_seed(5)
         for p in model.parameters():
@@ -145,7 +146,7 @@ def test_loss_and_gradient_equal_a_plain_computation(tmp_path_factory, flags):
     rlvr.give_advantages(rollouts, args)
     rlvr.give_weights(rollouts, args, "cpu")
     if args.kl_coef:
-        rlvr.reference_logprobs(common.load_model(ref_path), rollouts, args, "cpu")
+        rlvr.reference_logprobs(load_model(ref_path), rollouts, args, "cpu")
     dist, policy = common.Dist(), rlvr.Policy(model, args)
     if args.updates_per_batch > 1:       # ratios on both sides of every clip
         rlvr.backward(policy, rollouts, args, dist)
@@ -174,14 +175,14 @@ def test_overlong_zero_takes_the_reward_of_a_cut_response():
 
 def test_on_policy_ratio_is_one_and_an_old_policy_pass_changes_nothing(tiny_model_dir):
     args = configure("--kl-coef", "0")
-    model, results = common.load_model(tiny_model_dir, trainable=True), []
+    model, results = load_model(tiny_model_dir, trainable=True), []
     for explicit in (False, True):
         rollouts = fixed_rollouts(3, 4)
         rlvr.give_advantages(rollouts, args)
         rlvr.give_weights(rollouts, args, "cpu")
         if explicit:        # the pass that is not made: old log-probs under the same weights
             for r in rollouts:
-                r.logp_old = common.token_logprobs(model, rlvr.lay_out([r], "cpu"), args.temperature)[0].detach()
+                r.logp_old = token_logprobs(model, rlvr.lay_out([r], "cpu"), args.temperature)[0].detach()
         model.zero_grad()
         stats = rlvr.backward(rlvr.Policy(model, args), rollouts, args, common.Dist())
         results.append((stats, torch.cat([p.grad.flatten() for p in model.parameters()])))
@@ -224,7 +225,7 @@ def gradient_of(case, model, reference, dist):
     """The fixed rollouts through advantages, weights, reference and backward on this rank: (statistics, whole gradient)."""
     flags, lopsided, fault = case
     args = configure(*flags, "--token-budget", "40" if dist.world > 1 else "99999")
-    policy = common.distribute(rlvr.Policy(common.load_model(model, trainable=True), args), dist, args.shard)
+    policy = distribute(rlvr.Policy(load_model(model, trainable=True), args), dist, args.shard)
     groups = rlvr.groups_of(fixed_rollouts(4, 4), args)
     mine = groups[dist.rank::dist.world]
     if lopsided and dist.world > 1:                   # rank 0 has three groups, rank 1 only the uniform one
@@ -235,11 +236,11 @@ def gradient_of(case, model, reference, dist):
         if fault == "denominators":                   # each rank divides by its own counts
             patch.setattr(common, "all_reduce_sum", lambda x: x)
         rlvr.give_weights(mine, args, dist.device)
-    rlvr.reference_logprobs(common.load_model(reference), mine, args, dist.device)
+    rlvr.reference_logprobs(load_model(reference), mine, args, dist.device)
     with pytest.MonkeyPatch.context() as patch:
         if fault == "no_sync":                        # gradients are never exchanged
-            exchange = common.gradient_sync
-            patch.setattr(common, "gradient_sync", lambda module, last: exchange(module, False))
+            exchange = gradient_sync
+            patch.setattr(rlvr, "gradient_sync", lambda module, last: exchange(module, False))
         stats = rlvr.backward(policy, mine, args, dist)
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
     return stats, torch.cat([whole(p.grad).flatten() for p in policy.parameters()])
@@ -307,7 +308,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny_model_dir, problems, u
     read_until(process, at)
     process.send_signal(name)
     rest = process.communicate(timeout=120)[0]
-    saved = common.latest_checkpoint(out)
+    saved = latest_checkpoint(out)
     if name == signal.SIGKILL:
         assert process.returncode == -name and saved.name == "step-000002"
     else:
@@ -316,7 +317,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny_model_dir, problems, u
     run(tiny_model_dir, problems, out, "--max-steps", "4", "--save-every", "2")
     assert products(out) == products(uninterrupted)
     metrics = [[row[k] for k in ("step", "reward", "loss", "kl", "grad_norm", "entropy")]
-               for directory in (out, uninterrupted) for row in handover.read_jsonl(directory / "metrics.jsonl")]
+               for directory in (out, uninterrupted) for row in common.read_jsonl(directory / "metrics.jsonl")]
     assert metrics[:4] == metrics[4:]
 
 
@@ -337,7 +338,7 @@ def test_leaving_out_the_weight_sync_stops_the_run(tmp_path, tiny_model_dir, pro
 
 def test_rollouts_from_other_weights_never_reach_an_update(tiny_model_dir, tmp_path, capsys):
     args = configure("--kl-coef", "0", out=tmp_path)
-    model = common.load_model(tiny_model_dir, trainable=True)
+    model = load_model(tiny_model_dir, trainable=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rollouts = fixed_rollouts(4, 4)                       # their engine log-probs are made up
     rlvr.give_advantages(rollouts, args)
@@ -351,7 +352,7 @@ def test_rollouts_from_other_weights_never_reach_an_update(tiny_model_dir, tmp_p
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_changes_nothing(tiny_model_dir, tmp_path, capsys):
     args = configure("--kl-coef", "0", "--max-logp-gap", "100", out=tmp_path)
-    model = common.load_model(tiny_model_dir, trainable=True)
+    model = load_model(tiny_model_dir, trainable=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rollouts = fixed_rollouts(4, 4)
     rlvr.give_advantages(rollouts, args)
@@ -371,8 +372,8 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_changes_nothing(tiny_mode
 def stuck_model(path, token):
     """A model that emits one token for ever: every hidden state is the same vector, and that token's row points along it."""
     make_model(path, tie=False)
-    model, tokenizer = common.load_model(path), common.load_tokenizer(path)
-    ids = common.encode_text(tokenizer, token) if not token.startswith("<|") else [tokenizer.convert_tokens_to_ids(token)]
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    ids = encode_text(tokenizer, token) if not token.startswith("<|") else [tokenizer.convert_tokens_to_ids(token)]
     assert len(ids) == 1
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(1.0)
@@ -396,7 +397,7 @@ def test_degenerate_models_are_survived_and_counted(tmp_path, problems, token, t
         assert row["reward"] == row["reward_unknown"] == 0 and row["groups_uniform"] == 1 and row["truncated"] == cut
         assert row["response_tokens_mean"] == tokens
         assert all(math.isfinite(x) for x in row.values())
-    rollouts = list(handover.read_jsonl(tmp_path / "out" / "rollouts.jsonl"))
+    rollouts = list(common.read_jsonl(tmp_path / "out" / "rollouts.jsonl"))
     assert {r["status"] for r in rollouts} == {status} and {r["finish"] for r in rollouts} == {"length" if cut else "stop"}
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
 
@@ -457,10 +458,10 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems
 def two_minded(tmp_path_factory):
     """A model that knows the answer (42, always) but says so in a fifth of its responses only and else guesses; its problems."""
     home = tmp_path_factory.mktemp("two_minded")
-    path, tokenizer = make_model(home / "model"), common.load_tokenizer(home / "model")
+    path, tokenizer = make_model(home / "model"), load_tokenizer(home / "model")
     problems = write_problems(home / "problems.jsonl", ["42"] * 10)
-    rows = list(handover.read_jsonl(problems))
-    model, generator = common.load_model(path, trainable=True), torch.Generator().manual_seed(0)
+    rows = list(common.read_jsonl(problems))
+    model, generator = load_model(path, trainable=True), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     random = lambda n: int(torch.randint(n, (), generator=generator))
     for step in range(80):
@@ -468,9 +469,9 @@ def two_minded(tmp_path_factory):
         for row in [rows[random(10)] for _ in range(16)]:
             knows = random(5) == 0
             text = f"<think>{'k' if knows else 'g'}</think>\\boxed{{{row['answer'] if knows else random(90) + 10}}}"
-            prompt = common.render_prompt(tokenizer, row["problem"])
-            batch.append((prompt + common.encode_response(tokenizer, text), len(prompt)))
-        logp, _ = common.token_logprobs(model, common.pack(batch))
+            prompt = render_prompt(tokenizer, row["problem"])
+            batch.append((prompt + encode_response(tokenizer, text), len(prompt)))
+        logp, _ = token_logprobs(model, pack_sequences(batch))
         optimizer.zero_grad()
         (-logp.mean()).backward()
         optimizer.step()
@@ -499,9 +500,9 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, tiny_model_dir, problems
                            "--model", str(tiny_model_dir), "--problems", str(problems), "--out", str(tmp_path / "two"), *BASIC, *flags],
                           capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    two = list(handover.read_jsonl(tmp_path / "two" / "metrics.jsonl"))
+    two = list(common.read_jsonl(tmp_path / "two" / "metrics.jsonl"))
     for name in ("response_tokens_mean", "reward", "truncated", "entropy", "loss", "grad_norm"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-3, abs=1e-6), name
-    theirs = {(row["step"], row["pid"], row["g"]): row["response"] for row in handover.read_jsonl(tmp_path / "one" / "rollouts.jsonl")}
-    for row in handover.read_jsonl(tmp_path / "two" / "rollouts.jsonl"):     # rank 0's share
+    theirs = {(row["step"], row["pid"], row["g"]): row["response"] for row in common.read_jsonl(tmp_path / "one" / "rollouts.jsonl")}
+    for row in common.read_jsonl(tmp_path / "two" / "rollouts.jsonl"):     # rank 0's share
         assert row["response"] == theirs[row["step"], row["pid"], row["g"]]

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, make_model
 
 import common
-import handover
+from model import encode_response, INSTRUCTION, load_tokenizer, render_prompt, stop_ids
 import sources
 
 sample = importlib.import_module("01_sample")
@@ -111,7 +111,7 @@ def test_problem_set_is_recognised_and_wrong_shapes_are_refused(name, tmp_path, 
         (f"What is {i} + 1?", str(i + 1), "good") for i in range(3)]
     if name != "problems":
         assert made[0]["pid"] == sources.problem_id("What is 0 + 1?") and len({r["pid"] for r in made}) == 3
-    assert handover.read_meta(tmp_path / "p.jsonl")["rows"] == 3
+    assert common.read_meta(tmp_path / "p.jsonl")["rows"] == 3
 
     lost = sources.SOURCES[name].answer
     bad = write(tmp_path / "lost.jsonl", [{k: v for k, v in r.items() if k != lost} for r in rows])
@@ -146,7 +146,7 @@ def test_teacher_traces_and_their_wrong_shapes(name, tmp_path, tiny_model_dir, t
     assert [r["sid"] for r in made] == [f"{r['pid']}:t:{r['k']}" for r in made]
     assert {r["pid"] for r in made} == {r["pid"] for r in rows_of(problems)}
     assert all(r["response"].startswith("<think>\n") and r["finish"] == "stop" for r in made)
-    assert made[0]["n_tokens"] == len(common.encode_response(tiny_tokenizer, made[0]["response"]))
+    assert made[0]["n_tokens"] == len(encode_response(tiny_tokenizer, made[0]["response"]))
     bad = write(tmp_path / "bad.jsonl", [{k: v for k, v in r.items() if k != source.response} for r in rows])
     said = inside(capsys, "teacher", "--source", bad, "--format", name, "--model", tiny_model_dir, "--out",
                   tmp_path / "x.jsonl",
@@ -288,7 +288,7 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
     assert [r["sid"] for r in rows] == [f"p{i}:self:{k}" for i in range(4) for k in range(3)]
     assert len({r["response"] for r in rows}) > 6 and all(r["n_tokens"] <= 12 for r in rows)
     assert rows[0]["seed"] == common.request_seed(42, "p0", 0)
-    meta = handover.read_meta(tmp_path / "a.jsonl")
+    meta = common.read_meta(tmp_path / "a.jsonl")
     assert meta["rows"] == 12 and sum(meta["finish"].values()) == 12 and meta["n_failed"] == 0
     whole = (tmp_path / "a.jsonl").read_bytes()
 
@@ -334,7 +334,7 @@ def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_di
                   "--max-prompt-tokens", 300, "--out", tmp_path / "o.jsonl")
     assert all(r["response"].startswith("<think>\n") for r in rows_of(tmp_path / "o.jsonl")), said
     with pytest.raises(SystemExit):
-        common.load_tokenizer(r1)                                        # but nothing may be trained in this markup
+        load_tokenizer(r1)                                        # but nothing may be trained in this markup
 
 
 def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
@@ -379,11 +379,11 @@ def test_prepare_base(old_base, tmp_path, capsys):
     assert config.rope_parameters["rope_theta"] == 1e6 and config.max_position_embeddings == 40000
     assert AutoConfig.from_pretrained(old_base).rope_parameters["rope_theta"] == 1e4
     assert (out / "model.safetensors").read_bytes() == (old_base / "model.safetensors").read_bytes()
-    tokenizer = common.load_tokenizer(out)
-    text = tokenizer.decode(common.render_prompt(tokenizer, "1+1?"))
-    assert text == f"<|im_start|>user\n1+1?{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer = load_tokenizer(out)
+    text = tokenizer.decode(render_prompt(tokenizer, "1+1?"))
+    assert text == f"<|im_start|>user\n1+1?{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
     generation = GenerationConfig.from_pretrained(out)
-    assert generation.eos_token_id == common.stop_ids(tokenizer) and generation.top_p in (None, 1.0)
+    assert generation.eos_token_id == stop_ids(tokenizer) and generation.top_p in (None, 1.0)
     # the rotation really is slower: position 3,000 sees position 0 differently
     ids = torch.arange(200)[None] % 250
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import common
-import handover
+from model import INSTRUCTION
 from conftest import ROOT, make_model
 
 stage = importlib.import_module("02_verify_score")
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
 def score(world, out, *more):
     stage.main(["score", "--samples", str(world / "verified.jsonl"), "--model", str(world / "model"), "--out", str(out),
                 "--block", "16", "--token-budget", "1000", "--max-score-tokens", "600", *more])
-    return list(handover.read_jsonl(out))
+    return list(common.read_jsonl(out))
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def plain_nll(model, tokenizer, row, context, max_tokens):
     ids = tokenizer(row["response"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     start = 1
     if context == "prompt":
-        text = "<|im_start|>user\n" + row["problem"] + common.INSTRUCTION + "<|im_end|>\n<|im_start|>assistant\n"
+        text = "<|im_start|>user\n" + row["problem"] + INSTRUCTION + "<|im_end|>\n<|im_start|>assistant\n"
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids, start = prompt + ids, len(prompt)
     ids = ids[:max_tokens]
@@ -64,14 +64,14 @@ def test_perplexities_equal_a_plain_loop(world, tmp_path, context, max_tokens):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     if context == "prompt":
-        short = [r for r in handover.read_jsonl(world / "verified.jsonl") if r["n_tokens"] < 400]
+        short = [r for r in common.read_jsonl(world / "verified.jsonl") if r["n_tokens"] < 400]
         folder = tmp_path / "short"
         folder.mkdir()
         (folder / "verified.jsonl").write_text("".join(json.dumps(r) + "\n" for r in short))
         (folder / "model").symlink_to(world / "model")
         world = folder
     rows = score(world, tmp_path / "s.jsonl", "--ppl-context", context, "--max-score-tokens", str(max_tokens))
-    assert [r["sid"] for r in rows] == [r["sid"] for r in handover.read_jsonl(world / "verified.jsonl")]
+    assert [r["sid"] for r in rows] == [r["sid"] for r in common.read_jsonl(world / "verified.jsonl")]
     n_empty = 0
     for row in rows:
         nll, n = plain_nll(model, tokenizer, row, context, max_tokens)
@@ -79,7 +79,7 @@ def test_perplexities_equal_a_plain_loop(world, tmp_path, context, max_tokens):
         assert row["ppl"] == (None if n == 0 else pytest.approx(torch.tensor(nll / n).exp().item(), rel=1e-4))
         assert row["ppl_context"] == context and row["scorer"] == str(world / "model")
         n_empty += n == 0
-    assert n_empty > 0 and handover.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
+    assert n_empty > 0 and common.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
 
 
 @pytest.mark.parametrize("n_whole,half", [(0, False), (5, True), (16, False), (37, True), (70, False)])
@@ -91,13 +91,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half)
     score(world, out)
     out.write_bytes(b"".join(lines[:n_whole]) + (lines[n_whole][:40] if half else b""))
     score(world, out)
-    assert out.read_bytes() == whole and handover.read_meta(out)["rows"] == 70
+    assert out.read_bytes() == whole and common.read_meta(out)["rows"] == 70
     verified = (world / "verified.jsonl").read_bytes()
     out = tmp_path / "verified.jsonl"
     out.write_bytes(b"".join(verified.splitlines(keepends=True)[:n_whole]) + (b'{"sid": "p0' if half else b""))
     stage.main(["verify", "--samples", f"{world}/samples.jsonl", "--problems", f"{world}/problems.jsonl", "--out", str(out)])
     assert out.read_bytes() == verified
-    meta, first = (handover.read_meta(path) for path in (out, world / "verified.jsonl"))
+    meta, first = (common.read_meta(path) for path in (out, world / "verified.jsonl"))
     assert meta["status"] == first["status"] and meta["rows"] == first["rows"] == sum(meta["status"].values()) == 70
 
 
@@ -110,7 +110,7 @@ def test_two_ranks_give_what_one_gives(world, tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            ROOT / "02_verify_score.py", *argv], capture_output=True, text=True, timeout=300, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
-    two = list(handover.read_jsonl(out))
+    two = list(common.read_jsonl(out))
     assert len(two) == len(one)
     for a, b in zip(one, two):
         assert {**a, "ppl": 0, "nll_sum": 0} == {**b, "ppl": 0, "nll_sum": 0}
@@ -118,25 +118,25 @@ def test_two_ranks_give_what_one_gives(world, tmp_path):
 
 
 def test_verdicts_and_their_counts(world):
-    rows = list(handover.read_jsonl(world / "verified.jsonl"))
+    rows = list(common.read_jsonl(world / "verified.jsonl"))
     for row in rows:
         right = row["response"].endswith(f"</think> \\boxed{{{int(row['pid'][1:]) + 1}}}")
         assert row["correct"] is right and row["problem"] == f"What is {row['pid'][1:]} + 1?"
         if not right:
             assert row["status"] == ("truncated" if row["finish"] == "length" else "no_think_end") and row["predicted"] is None
-    status = handover.read_meta(world / "verified.jsonl")["status"]
+    status = common.read_meta(world / "verified.jsonl")["status"]
     assert set(status) == {"correct/ok", "wrong/truncated", "wrong/no_think_end"} and sum(status.values()) == len(rows)
 
 
 def test_an_answer_that_cannot_be_read_is_unknown_and_not_wrong(world, tmp_path, capsys):
-    problems = [{**r, "answer": r"\unreadable{"} for r in handover.read_jsonl(world / "problems.jsonl")]
+    problems = [{**r, "answer": r"\unreadable{"} for r in common.read_jsonl(world / "problems.jsonl")]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in problems))
     out = tmp_path / "v.jsonl"
     stage.main(["verify", "--samples", f"{world}/samples.jsonl", "--problems", str(tmp_path / "p.jsonl"), "--out", str(out)])
-    rows = list(handover.read_jsonl(out))
+    rows = list(common.read_jsonl(out))
     assert {r["correct"] for r in rows if r["predicted"] is not None} == {None}
     assert "could not be judged (correct: null)" in capsys.readouterr().out
-    assert handover.read_meta(out)["unknown"] == sum(r["correct"] is None for r in rows) > 0
+    assert common.read_meta(out)["unknown"] == sum(r["correct"] is None for r in rows) > 0
 
 
 def test_only_one_verdict_is_scored_and_kept(world, tmp_path):
@@ -177,7 +177,7 @@ def test_outputs_of_other_settings_or_inputs_are_not_mixed(world, tmp_path, caps
     (tmp_path / "o.meta.json").unlink()
     out.write_text(out.read_text().replace('"sid": "p3:t:1"', '"sid": "p3:other:1"'))
     assert "holds other rows than the input" in refused(capsys, *base)
-    assert len(list(handover.read_jsonl(out))) == len(before), "nothing is lost"
+    assert len(list(common.read_jsonl(out))) == len(before), "nothing is lost"
 
 
 def test_verify_refuses_what_it_cannot_judge(world, tmp_path, capsys):

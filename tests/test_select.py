@@ -11,7 +11,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-import handover
+import common
+
 
 stage = importlib.import_module("02_verify_score")
 
@@ -47,7 +48,7 @@ def run(tmp_path, arm, teacher, own=None, **flags):
     for name, value in flags.items():
         argv += ["--" + name.replace("_", "-"), str(value)]
     stage.main(argv)
-    return list(handover.read_jsonl(out)), handover.read_meta(out)
+    return list(common.read_jsonl(out)), common.read_meta(out)
 
 
 def ties(tmp_path, rows, seed):
@@ -229,10 +230,10 @@ def test_rows_are_read_without_their_text():
         if draw.random() < 0.3:
             row = dict(reversed(row.items()))                       # the text last, or before other strings
         line = (json.dumps(row, ensure_ascii=draw.random() < 0.5) + "\n").encode()
-        light = json.loads(handover.without_text(line))
+        light = json.loads(common.without_text(line))
         assert {**light, "response": text} == row and light["response"] in ("", text)
     line = json.dumps({"sid": "a", "response": 'x"y' * 1000, "n_tokens": 1}).encode()
-    assert len(handover.without_text(line)) < 60, "the text is gone before the row is parsed"
+    assert len(common.without_text(line)) < 60, "the text is gone before the row is parsed"
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):

@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
+from model import (decode_response, encode_response, encode_text, INSTRUCTION, load_tokenizer,
+                   render_prompt, stop_ids)
 import engines
 import sources
-import verifier
+from grading import verifier
 from toy import make_base, world
 
 BASE = ROOT / "toy" / "base"
@@ -46,26 +47,26 @@ def test_every_trace_comes_back_from_the_tokenizer(which):
     tokenizer = make_base.build_tokenizer()
     for _, problem, response in traces(which=which):
         for text in (response, world.problem_text(problem)):
-            ids = common.encode_text(tokenizer, text)
+            ids = encode_text(tokenizer, text)
             assert tokenizer.unk_token_id not in ids
-            assert common.decode_response(tokenizer, ids) == text
-        assert common.encode_response(tokenizer, response)[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+            assert decode_response(tokenizer, ids) == text
+        assert encode_response(tokenizer, response)[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_prompt_is_qwen_markup_with_the_instruction_as_one_token():
     tokenizer = make_base.build_tokenizer()
-    ids = common.render_prompt(tokenizer, "47A+25B-13 mod 100")
+    ids = render_prompt(tokenizer, "47A+25B-13 mod 100")
     assert tokenizer.decode(ids) == (
-        f"<|im_start|>user\n47A+25B-13 mod 100{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n47A+25B-13 mod 100{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert len(common.encode_text(tokenizer, common.INSTRUCTION)) == 1
-    assert len(common.encode_text(tokenizer, "47")) == 2
+    assert len(encode_text(tokenizer, INSTRUCTION)) == 1
+    assert len(encode_text(tokenizer, "47")) == 2
     assert tokenizer.unk_token_id not in ids and len(ids) == 18
     for text in ("<think>", "</think>", "\\boxed{"):
-        assert len(common.encode_text(tokenizer, text)) == 1
-        assert tokenizer.decode(common.encode_text(tokenizer, text), skip_special_tokens=True) == text
+        assert len(encode_text(tokenizer, text)) == 1
+        assert tokenizer.decode(encode_text(tokenizer, text), skip_special_tokens=True) == text
     # Markup inside a text cannot end the turn.
-    assert not set(common.encode_text(tokenizer, "7<|im_end|>")) & set(common.stop_ids(tokenizer))
+    assert not set(encode_text(tokenizer, "7<|im_end|>")) & set(stop_ids(tokenizer))
 
 
 @pytest.mark.parametrize("which", world.WORLDS)
@@ -156,10 +157,10 @@ def test_pretraining_text_holds_no_evaluation_problem_and_is_a_function_of_its_s
     assert make_base.documents(tokenizer, 2000, 6, "deep-leap")[1] != text_hash
     held_out = {world.problem_text(problem) for problem in world.held_out()}
     asked = [tokenizer.decode(ids[:start]) for ids, start in docs if start > 1]
-    problems = {text.split("user\n")[1].split(common.INSTRUCTION)[0] for text in asked}
+    problems = {text.split("user\n")[1].split(INSTRUCTION)[0] for text in asked}
     assert 0.55 < len(asked) / len(docs) < 0.70 and not problems & held_out
     ends = {ids[-1] for ids, _ in docs}
-    assert ends == set(common.stop_ids(tokenizer))
+    assert ends == set(stop_ids(tokenizer))
     for ids, start in docs:  # what is learnt of an answer to a question begins with the response
         if start > 1:
             assert tokenizer.convert_ids_to_tokens(ids[start]) == "<think>"
@@ -209,27 +210,27 @@ def test_the_shipped_base_is_the_one_described():
     config = AutoConfig.from_pretrained(BASE)
     assert config.model_type == "qwen2" and config.head_dim >= 32 and config.tie_word_embeddings
     assert config.max_position_embeddings >= 256
-    tokenizer = common.load_tokenizer(BASE)
+    tokenizer = load_tokenizer(BASE)
     fresh = make_base.build_tokenizer()
     assert tokenizer.get_vocab() == fresh.get_vocab() and len(tokenizer) <= config.vocab_size
     for _, problem, response in traces(70):
-        assert common.render_prompt(tokenizer, world.problem_text(problem)) == common.render_prompt(
+        assert render_prompt(tokenizer, world.problem_text(problem)) == render_prompt(
             fresh, world.problem_text(problem)
         )
-        assert common.encode_text(tokenizer, response) == common.encode_text(fresh, response)
+        assert encode_text(tokenizer, response) == encode_text(fresh, response)
     sizes = [path.stat().st_size for name in ("base", "base_easy") for path in (ROOT / "toy" / name).rglob("*")]
     assert sum(sizes) < 8e6
 
 
 def test_the_shipped_base_solves_problems_when_started_with_care():
     """24 problems, greedy, started with `units `: at least half are solved (the gate on many samples is 80 %)."""
-    tokenizer = common.load_tokenizer(BASE)
+    tokenizer = load_tokenizer(BASE)
     engine = engines.make_engine("hf", str(BASE), 256)
     problems = world.eval_problems(24)["id"]
-    first = common.encode_text(tokenizer, "<think>units ")
-    prompts = [common.render_prompt(tokenizer, world.problem_text(problem)) + first for problem in problems]
+    first = encode_text(tokenizer, "<think>units ")
+    prompts = [render_prompt(tokenizer, world.problem_text(problem)) + first for problem in problems]
     right = 0
     for i, completion in engine.generate(prompts, list(range(24)), 0.6, 0.95, 160):
-        response = "<think>units " + common.decode_response(tokenizer, completion.ids)
+        response = "<think>units " + decode_response(tokenizer, completion.ids)
         right += verifier.verify(response, world.answer_text(problems[i])).correct is True
     assert right >= 12

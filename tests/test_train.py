@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
-import handover
+from model import clip_gradient, distribute, gradient_sync, load_model
 from conftest import ROOT, byte_tokenizer, make_model
 
 train = importlib.import_module("03_train_oxa")
@@ -87,7 +87,7 @@ def test_step_gradient_equals_the_formula_for_any_micro_batch(world, tmp_path, n
     data = train.Data(tmp_path)
     batch = train.batch_of_step(data, args, 1)
     loss, expected = plain_loss(world[0], [(*data.sequence(i), bool(data.is_ul[i])) for i in batch], 0.3, normalize)
-    model = common.load_model(world[0], trainable=True)
+    model = load_model(world[0], trainable=True)
     sums = train.training_step(train.OxaLoss(model, 0.3, "published"), data, batch, args, common.Dist())
     assert abs(sums[0] + 0.3 * sums[1] - loss) < 1e-5
     for name, p in model.named_parameters():
@@ -105,17 +105,18 @@ import contextlib, importlib, sys, torch
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 import common
+from model import distribute, gradient_sync, load_model
 train = importlib.import_module("03_train_oxa")
 args = train.config(sys.argv[2:])
 dist = common.init_distributed()
 data = train.Data(args.out)
-sync = common.gradient_sync
+sync = train.gradient_sync
 for mode in ("ddp", "fully_shard", "forgets-sync", "past-the-wrapper"):
-    model = common.load_model(args.model, device=dist.device, trainable=True)
+    model = load_model(args.model, device=dist.device, trainable=True)
     loss = train.OxaLoss(model, 0.3, "published")
-    module = common.distribute(loss, dist, shard=mode == "fully_shard")
+    module = distribute(loss, dist, shard=mode == "fully_shard")
     # two failures that a test has to see: every micro-batch inside no_sync; a loss computed past the wrapper
-    common.gradient_sync = sync if mode != "forgets-sync" else lambda module, last: module.no_sync()
+    train.gradient_sync = sync if mode != "forgets-sync" else lambda module, last: module.no_sync()
     train.training_step(loss if mode == "past-the-wrapper" else module, data, train.batch_of_step(data, args, 0), args, dist)
     grads = {{n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in model.named_parameters()}}
     if dist.rank == 0:
@@ -129,7 +130,7 @@ def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path)
     data, gradients = train.Data(tmp_path), {}
     for budget in (100000, 420, 260):                    # one micro-batch, about four, about eight
         args.token_budget = budget
-        model = common.load_model(world[0], trainable=True)
+        model = load_model(world[0], trainable=True)
         train.training_step(train.OxaLoss(model, 0.3, "published"), data, train.batch_of_step(data, args, 0), args, common.Dist())
         gradients[budget] = {n: p.grad for n, p in model.named_parameters()}
     script = tmp_path / "two_ranks.py"
@@ -161,7 +162,7 @@ def test_a_run_that_is_killed_or_stopped_ends_bit_for_bit_like_one_that_is_not(w
     assert third.returncode == 0 and "going on after step" in third.stdout, third.stderr
     whole, broken = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
-    losses = [[r["loss"] for r in handover.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "broken")]
+    losses = [[r["loss"] for r in common.read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "broken")]
     assert losses[0] == losses[1] and len(losses[0]) == 60
     assert "nothing to do" in launch(arguments(world, tmp_path / "broken", *common_arguments)).stdout
 
@@ -170,7 +171,7 @@ def test_the_gradient_is_clipped_to_the_limit_and_0_is_no_limit():
     layer = torch.nn.Linear(2, 1, bias=False)
     for limit, left in ((1.0, 1.0), (0.0, 5.0), (9.0, 5.0)):
         layer.weight.grad = torch.tensor([[3.0, 4.0]])
-        assert common.clip_gradient(layer, limit) == 5.0
+        assert clip_gradient(layer, limit) == 5.0
         assert abs(float(layer.weight.grad.norm()) - left) < 1e-5
 
 
@@ -179,7 +180,7 @@ def test_training_promotes_and_suppresses(world, tmp_path):
     for weight in ("0.0", "1.0"):
         run = tmp_path / weight
         train.train(train.config(arguments(world, run, "--ul-weight", weight, "--epochs", "8", "--lr", "3e-3")))
-        rows = list(handover.read_jsonl(run / "metrics.jsonl"))
+        rows = list(common.read_jsonl(run / "metrics.jsonl"))
         last[weight] = rows[-1]
         assert rows[-1]["ce_loss"] < 0.5 * rows[0]["ce_loss"]
     assert last["1.0"]["ul_loss"] < 0.9 * last["0.0"]["ul_loss"]

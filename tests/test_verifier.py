@@ -17,8 +17,8 @@ from itertools import combinations
 import mpmath
 import pytest
 
-import latex
-import verifier
+from grading import grammar
+from grading import verifier
 from conftest import ROOT
 
 CASES = [json.loads(line) for line in (ROOT / "tests" / "verifier_cases.jsonl").read_text().splitlines()]
@@ -417,7 +417,7 @@ GOLDS = [
 MEASURE = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-import verifier
+from grading import verifier
 texts, golds = json.load(sys.stdin)
 for text in texts:
     times, right = [], 0
@@ -512,7 +512,7 @@ def test_the_source_has_no_way_to_execute_text_and_no_signals():
         "pickle",
         "sympy",
     }
-    for path in (ROOT / "verifier.py", ROOT / "latex.py"):
+    for path in (ROOT / "grading/verifier.py", ROOT / "grading/grammar.py"):
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             names |= {node.id} if isinstance(node, ast.Name) else set()
@@ -684,7 +684,7 @@ def test_a_worker_has_a_clean_environment_no_torch_and_a_memory_limit(monkeypatc
 
 def test_workers_end_with_the_process_that_started_them():
     code = (
-        "import sys, os, signal; sys.path.insert(0, sys.argv[1]); import verifier\n"
+        "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from grading import verifier\n"
         "verifier.verify_many([('</think>\\\\boxed{2x}', 'x+x')], 1)\n"
         "print(verifier.POOL.idle[0].pid, flush=True)\n"
         "if sys.argv[2] == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -722,9 +722,9 @@ def test_equality_is_symmetric_and_reflexive_on_the_golds():
 
 
 def test_points_do_not_depend_on_the_order_of_names():
-    assert latex.Point(2)["x"] == latex.Point(2)["x"] != latex.Point(2)["y"]
-    assert all(latex.Point(k)[name] > 0 for k in range(3) for name in "abcxyz")
-    assert any(latex.Point(k)[name] < 0 for k in range(3, 6) for name in "abcxyz")
+    assert grammar.Point(2)["x"] == grammar.Point(2)["x"] != grammar.Point(2)["y"]
+    assert all(grammar.Point(k)[name] > 0 for k in range(3) for name in "abcxyz")
+    assert any(grammar.Point(k)[name] < 0 for k in range(3, 6) for name in "abcxyz")
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common as c
-import handover
-import stats
+import common
+from model import (load_model, load_tokenizer, pack_sequences, plan_packs, render_prompt,
+                   token_logprobs)
 from toy import world
 
 STYLES = (*world.STYLES, "other")
@@ -64,7 +64,7 @@ ABLATIONS = {
 
 
 def parse(argv=None):
-    p = c.make_parser(__doc__)
+    p = common.make_parser(__doc__)
     p.add_argument("run", metavar="RUN_DIR", help="a finished toy run: RUN_DIR/seed-S/ARM/…")
     p.add_argument("--contrast", metavar="RUN_DIR2", default=None, help="a run of world easy-leap, shown as well")
     p.add_argument("--world", choices=world.WORLDS, default="deep-leap", help="the world of RUN_DIR")
@@ -72,7 +72,7 @@ def parse(argv=None):
     p.add_argument("--entropy-samples", type=int, default=2, help="stored samples a problem to measure entropy on")
     args = p.parse_args(argv)
     if args.entropy_samples < 1:
-        c.die("--entropy-samples must be at least 1")
+        common.die("--entropy-samples must be at least 1")
     return args
 
 
@@ -106,14 +106,14 @@ def load_run(path, which):
                 if not (folder / arm / evaluation / "results.json").exists():
                     continue
                 for b in json.loads((folder / arm / evaluation / "results.json").read_text())["benchmarks"]:
-                    texts = handover.read_jsonl(folder / "data" / f"{b}.jsonl", {"pid": str, "problem": str})
-                    rows = handover.read_jsonl(folder / arm / evaluation / f"{b}.jsonl", {"pid": str, "response": str})
+                    texts = common.read_jsonl(folder / "data" / f"{b}.jsonl", {"pid": str, "problem": str})
+                    rows = common.read_jsonl(folder / arm / evaluation / f"{b}.jsonl", {"pid": str, "response": str})
                     found = count_styles(rows, {row["pid"]: row["problem"] for row in texts}, which)
                     counts.setdefault((arm, when), {}).setdefault(b, {})[seed] = found
                     benchmarks += [b] * (b not in benchmarks)
                     seeds += [seed] * (seed not in seeds)
     if not counts:
-        c.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): run the pipeline first")
+        common.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): run the pipeline first")
     order = sorted(counts, key=lambda key: (list(WHEN).index(key[1]), list(ARMS).index(key[0])))
     return Run(path, seeds, sorted(benchmarks, key=lambda b: (b != "id", b)), {key: counts[key] for key in order})
 
@@ -213,12 +213,12 @@ def entropy_by_kind(model, tokenizer, samples):
     """[(problem text, response ids)] -> [3, 2]: share of the tokens and mean entropy (nats, or nan) of each kind."""
     sequences, kinds = [], []
     for problem, ids in samples:
-        prompt = c.render_prompt(tokenizer, problem)
+        prompt = render_prompt(tokenizer, problem)
         sequences.append((prompt + ids, len(prompt)))
         kinds.append(kinds_of(tokenizer.convert_ids_to_tokens(ids)))
     lengths, total, n = [len(ids) for ids, _ in sequences], np.zeros(len(KINDS)), np.zeros(len(KINDS))
-    for indices in c.plan_packs(lengths, max(8192, *lengths))[0]:
-        _, entropy = c.token_logprobs(model, c.pack([sequences[i] for i in indices]), entropy=True)
+    for indices in plan_packs(lengths, max(8192, *lengths))[0]:
+        _, entropy = token_logprobs(model, pack_sequences([sequences[i] for i in indices]), entropy=True)
         kind = np.concatenate([kinds[i] for i in indices])
         total += np.bincount(kind, weights=entropy.numpy(), minlength=len(KINDS))
         n += np.bincount(kind, minlength=len(KINDS))
@@ -236,14 +236,14 @@ def measure_entropies(run, base, n_samples):
                 folder = run.path / f"seed-{seed}"
                 where = base if arm == "base" else folder / arm / model
                 if not Path(where).exists():
-                    c.die(f"{where} does not exist: entropy is measured with the model that wrote the responses")
-                problems = {row["pid"]: row["problem"] for row in handover.read_jsonl(folder / "data" / f"{b}.jsonl")}
+                    common.die(f"{where} does not exist: entropy is measured with the model that wrote the responses")
+                problems = {row["pid"]: row["problem"] for row in common.read_jsonl(folder / "data" / f"{b}.jsonl")}
                 path = folder / arm / evaluation / f"{b}.jsonl"
-                rows = [row for row in handover.read_jsonl(path, {"k": int}) if row["k"] < n_samples]
+                rows = [row for row in common.read_jsonl(path, {"k": int}) if row["k"] < n_samples]
                 if not all("ids" in row for row in rows):
-                    c.die(f"{path} keeps the tokens of fewer than {n_samples} samples a problem: lower --entropy-samples")
+                    common.die(f"{path} keeps the tokens of fewer than {n_samples} samples a problem: lower --entropy-samples")
                 samples = [(problems[row["pid"]], row["ids"]) for row in rows]
-                each.append(entropy_by_kind(c.load_model(where), c.load_tokenizer(where), samples))
+                each.append(entropy_by_kind(load_model(where), load_tokenizer(where), samples))
             found.setdefault((arm, when), {})[b] = np.array(each)
             print(f"entropy: {name_of(arm, when)}, {b}, {len(each)} seeds", flush=True)
     return found
@@ -265,14 +265,14 @@ def measures_of(folders, k=8):
     for path in sorted(Path(folders[0]).glob("*.problems.jsonl")):
         values = {}
         for folder in folders:
-            table = list(handover.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
+            table = list(common.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
             k_here = min(k, *(row["n"] for row in table))
             for name, column in (("Pass@1", [row["n_correct"] / row["n"] for row in table]),
-                                 (f"Pass@{k_here}", [stats.pass_at_k(row["n"], row["n_correct"], k_here) for row in table]),
+                                 (f"Pass@{k_here}", [common.pass_at_k(row["n"], row["n_correct"], k_here) for row in table]),
                                  ("entropy (nats)", [row["entropy"] for row in table])):
                 values.setdefault(name, []).append(column)
         found[path.name.split(".")[0]] = {
-            name: tuple(float(x[0]) for x in stats.bootstrap([[np.array(x, dtype=float)[:, None] for x in v]]))
+            name: tuple(float(x[0]) for x in common.bootstrap([[np.array(x, dtype=float)[:, None] for x in v]]))
             for name, v in values.items()}
     return found
 
@@ -292,8 +292,8 @@ def load_ablation(run, name):
         own = {seed: run.path / f"seed-{seed}" / arm for seed in seeds}
         for folder in own.values():
             if not (folder / "eval" / "results.json").exists():
-                c.die(f"{run.path / 'ablations'} has values of {name}, but the run's own arm {folder} has no evaluation")
-        value = float(handover.read_meta(own[seeds[0]] / sidecar)["args"][name])
+                common.die(f"{run.path / 'ablations'} has values of {name}, but the run's own arm {folder} has no evaluation")
+        value = float(common.read_meta(own[seeds[0]] / sidecar)["args"][name])
         folders[value] = {seed: folder / "eval" for seed, folder in own.items()}
     points = {v: measures_of([of_seed[seed] for seed in seeds]) for v, of_seed in folders.items()}
     return seeds, value, dict(sorted(points.items()))
@@ -510,8 +510,8 @@ def training_sets(run, name, seeds) -> str:
     values, n_rows = {}, []
     for path in sorted((run.path / "ablations" / f"seed-{seeds[0]}").glob(f"{name}-*/train.jsonl")):
         value = path.parent.name.removeprefix(f"{name}-")
-        values.setdefault(handover.sha256_file(path), []).append(value)
-        n_rows.append(f"{value}: {handover.read_meta(path)['rows']}")
+        values.setdefault(common.sha256_file(path), []).append(value)
+        n_rows.append(f"{value}: {common.read_meta(path)['rows']}")
     same = "".join(f" Values {' and '.join(same)} select the same training set: one point, not {len(same)}."
                    for same in values.values() if len(same) > 1)
     return (f" Examples: {', '.join(n_rows)}." if n_rows else "") + same
@@ -548,7 +548,7 @@ def main(argv=None):
     matplotlib.rcParams.update({"font.size": 9})
     sections = list(explain(args))
     out = Path(args.run) / "explain.json"
-    with handover.replace_file(out) as file:
+    with common.replace_file(out) as file:
         json.dump(sections, file, indent=1, ensure_ascii=False)
     print(f"{out}: {len(sections)} sections, {sum(len(s['figures']) for s in sections)} figures")
 

@@ -31,10 +31,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from model import (decode_response, encode_text, END_OF_TEXT, END_OF_TURN, INSTRUCTION, load_model,
+                   load_tokenizer, pack_sequences, render_prompt, stop_ids, token_logprobs)
 import engines
 from toy import world
 
-SPECIAL = (common.END_OF_TEXT, "<|im_start|>", common.END_OF_TURN)
+SPECIAL = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -85,7 +87,7 @@ SIGMA, PPL_RANGE = 0.15, (1.0, 5.0)
 
 def build_tokenizer():
     """One token for each piece of the world's text; decoding is concatenation, so that every trace comes back exactly."""
-    added = (world.THINK, world.END_THINK, world.BOXED, common.INSTRUCTION)
+    added = (world.THINK, world.END_THINK, world.BOXED, INSTRUCTION)
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, "<unk>", *added, *world.PIECES))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     longest_first = sorted(world.PIECES, key=len, reverse=True)
@@ -96,7 +98,7 @@ def build_tokenizer():
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in added])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token=common.END_OF_TURN, pad_token=common.END_OF_TEXT,
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token=END_OF_TURN, pad_token=END_OF_TEXT,
         chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=512,
     )  # fmt: skip
 
@@ -147,10 +149,10 @@ def documents(tokenizer, n, seed, which):
         texts.append(world.trace(rng, style, problem, which))
         digest.update(f"{problems[-1]}\t{texts[-1]}\n".encode())
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    end_turn, end_text = common.stop_ids(tokenizer)
+    end_turn, end_text = stop_ids(tokenizer)
     out = []
     for problem, ids in zip(problems, encoded):
-        prompt = common.render_prompt(tokenizer, problem) if problem else []
+        prompt = render_prompt(tokenizer, problem) if problem else []
         out.append((prompt + ids + [end_turn if problem else end_text], max(1, len(prompt))))
     return out, digest.hexdigest()
 
@@ -191,7 +193,7 @@ def pretrain(args, tokenizer):
         pad_token_id=tokenizer.pad_token_id, dtype="float32",
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
-    model.generation_config.eos_token_id = common.stop_ids(tokenizer)
+    model.generation_config.eos_token_id = stop_ids(tokenizer)
     docs, text_hash = documents(tokenizer, args.n_docs, args.seed, args.world)
     schedule = batches(docs, args.batch, random.Random(args.seed))
     n_tokens = sum(len(ids) for ids, _ in docs)
@@ -243,13 +245,13 @@ def sample_responses(args, tokenizer, jobs):
     """jobs: list of (problem, first text of the response) -> responses, first text included."""
     engine = engines.make_engine("hf", args.out, 256)
     prompts = [
-        common.render_prompt(tokenizer, world.problem_text(problem)) + common.encode_text(tokenizer, first)
+        render_prompt(tokenizer, world.problem_text(problem)) + encode_text(tokenizer, first)
         for problem, first in jobs
     ]
     seeds = [common.request_seed(args.seed, "gate", i) for i in range(len(jobs))]
     out = [None] * len(jobs)
     for i, completion in engine.generate(prompts, seeds, 0.6, 0.95, 180):
-        out[i] = jobs[i][1] + common.decode_response(tokenizer, completion.ids)
+        out[i] = jobs[i][1] + decode_response(tokenizer, completion.ids)
     return out
 
 
@@ -286,11 +288,11 @@ def execution(args, tokenizer, n_problems=96, n_alone=8):
 @torch.no_grad()
 def perplexities(args, tokenizer, texts):
     """Of the response text alone, as 02_verify_score.py measures it: [N]."""
-    model = common.load_model(args.out)
+    model = load_model(args.out)
     out = []
     for i in range(0, len(texts), 64):
-        pack = common.pack([(common.encode_text(tokenizer, text), 1) for text in texts[i : i + 64]])
-        logp, _ = common.token_logprobs(model, pack)
+        pack = pack_sequences([(encode_text(tokenizer, text), 1) for text in texts[i : i + 64]])
+        logp, _ = token_logprobs(model, pack)
         for j in range(len(texts[i : i + 64])):
             out.append(math.exp(-logp[pack.seq == j].mean().item()))
     return out
@@ -305,7 +307,7 @@ def selection(args, tokenizer, n_queries=300):
             if not wrong:
                 rows.append((q, style, text))
     ppl = perplexities(args, tokenizer, [text for *_, text in rows])
-    rows = [(q, style, len(common.encode_text(tokenizer, text)), p) for (q, style, text), p in zip(rows, ppl)]
+    rows = [(q, style, len(encode_text(tokenizer, text)), p) for (q, style, text), p in zip(rows, ppl)]
     care = [float(style in world.CAREFUL) for _, style, _, _ in rows]
     out = {}
     for style in world.STYLES:
@@ -368,7 +370,7 @@ def main(argv=None):
     parser.add_argument("--mu-quantile", type=float, default=0.82, help="gates: where the Gaussian stands (default 0.82)")
     parser.add_argument("--gates-only", action="store_true", help="measure the base in --out, train nothing")
     args = parser.parse_args(argv)
-    tokenizer = common.load_tokenizer(args.out) if args.gates_only else build_tokenizer()
+    tokenizer = load_tokenizer(args.out) if args.gates_only else build_tokenizer()
     record_path = Path(args.out) / "make_base.json"
     if args.gates_only:
         record = json.loads(record_path.read_text()) if record_path.exists() else {}

@@ -86,6 +86,6 @@ ablations() {
   join
 }
 explain() { say python toy/explain.py "$run" --contrast "$easy"; }
-report() { say python report.py --recipe "$recipe" "$run" --contrast "$easy"; }
+report() { say python -m tools.report --recipe "$recipe" "$run" --contrast "$easy"; }
 
 for part in "${parts[@]}"; do "$part"; done

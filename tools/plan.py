@@ -1,8 +1,7 @@
 """What a run costs, before it is started: tokens, memory of a card by part, hours, disk; and what is missing here.
 
     bash run_all.sh paper_1.5b --plan                 every command of the run with its figures
-    python plan.py recipes/paper_1.5b.toml --check    only what is missing here: one sentence and exit code 2
-    python 03_train_oxa.py --recipe ... --plan        the figures of one command
+    python -m tools.plan recipes/paper_1.5b.toml --check    only what is missing here: one sentence and exit code 2
 
 Needs no card, no network and no model (known ones are listed here, others are read from a local config.json), and
 nothing but Python's standard library: it runs before anything is installed.
@@ -31,7 +30,7 @@ from pathlib import Path
 GB = 1e9
 SPREAD = 1.3          # mean over tokens of their sequence's length, over the mean length
 TEXT_BYTES = 3.3      # of a response, a token
-LOGIT_CHUNK = 2**28   # logits alive at once on CUDA (common.OutputLayer)
+LOGIT_CHUNK = 2**28   # logits alive at once on CUDA (model.OutputLayer)
 
 # Defaults of the scripts that enter the arithmetic (tests compare them with the parsers), and of [plan].
 DEFAULTS = {
@@ -493,18 +492,6 @@ def shell_variables(recipe):
 
 def total_cards(recipe, nodes=None):
     return recipe.get("run", {}).get("cards", 1) * int(nodes or os.environ.get("NNODES", 1))
-
-
-def explain(section, args):
-    """`--plan` of one script: its figures with the arguments it was given."""
-    recipe = load(args.recipe) if args.recipe else {}
-    planner = Planner(recipe, total_cards(recipe))
-    if section not in DEFAULTS:
-        return print(f"[{section}] costs nothing worth a plan")
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    cost = planner.cost(section, {**planner.settings(section), **given})
-    print(f"[{section}] on {planner.cards} cards:")
-    print("\n".join(describe(cost, planner)) if cost and (cost.tokens or cost.disk) else "      nothing to reckon")
 
 
 def main(argv=None):

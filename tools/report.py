@@ -1,11 +1,11 @@
 """The report of a run: REPORT.md, summary.json and figures, from results, metrics and sidecars only (never a model).
 
-    python report.py runs/toy                                       everything into runs/toy/report/
-    python report.py runs/toy --contrast runs/toy_easy              with a second world beside it
-    python report.py runs/paper_1.5b --card-hour-price 2.5          with costs
+    python -m tools.report runs/toy                                       everything into runs/toy/report/
+    python -m tools.report runs/toy --contrast runs/toy_easy              with a second world beside it
+    python -m tools.report runs/paper_1.5b --card-hour-price 2.5          with costs
 
 A claim compares two arms problem by problem, seed by seed (the same problems, as many samples), averages over
-benchmarks with equal weight, and takes its 95 % interval from a bootstrap over problems and seeds (`stats.bootstrap`).
+benchmarks with equal weight, and takes its 95 % interval from a bootstrap over problems and seeds (`common.bootstrap`).
 The rule of the verdict, fixed before any arm was run:
 
     not reproduced   the whole interval lies below the smallest effect of interest, 0.01 (a point of Pass@k; 0.01 nats)
@@ -33,9 +33,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import common as c
-import handover
-import stats
+import common
 
 SMALLEST_EFFECT = 0.01
 MAIN_ARMS, REFERENCE, CONTROLS = ("oxa_full", "oxa_mle"), "sft", ("length_matched", "longest")
@@ -58,13 +56,13 @@ WHEN = {"before": "before RLVR", "after": "after RLVR"}
 
 
 def parse(argv=None):
-    p = c.make_parser(__doc__)
+    p = common.make_parser(__doc__)
     p.add_argument("run", metavar="RUN_DIR", help="directory of a run: RUN_DIR/seed-S/ARM/…")
     p.add_argument("--out", default=None, help="where the report goes (without it: RUN_DIR/report)")
     p.add_argument("--contrast", metavar="RUN_DIR2", default=None, help="a second run, shown side by side")
     p.add_argument("--k", type=int, default=0, help="k of the claims about Pass@k (0: all samples drawn)")
     p.add_argument("--card-hour-price", type=float, default=0.0, help="price of one process-hour (0: no cost column)")
-    return c.parse_args(p, "report", argv)
+    return common.parse_args(p, "report", argv)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -93,12 +91,12 @@ def load_run(path) -> Run:
             for when, name in (("before", "eval"), ("after", "eval_rlvr")):
                 if (arm / name / "results.json").exists():
                     results = json.loads((arm / name / "results.json").read_text())
-                    tables = {b: {row["pid"]: row for row in handover.read_jsonl(arm / name / f"{b}.problems.jsonl")}
+                    tables = {b: {row["pid"]: row for row in common.read_jsonl(arm / name / f"{b}.problems.jsonl")}
                               for b in results["benchmarks"]}
                     evals[seed, arm.name, when] = (results, tables)
                     arms.add(arm.name)
     if not evals:
-        c.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): run the pipeline first")
+        common.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): run the pipeline first")
     known = list(STYLES)
     order = sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm))
     benchmarks = list(dict.fromkeys(b for results, _ in evals.values() for b in results["benchmarks"]))
@@ -107,7 +105,7 @@ def load_run(path) -> Run:
 
 def read_metrics(path):
     """metrics.jsonl of a training run -> list of rows; [] if there is none."""
-    return list(handover.read_jsonl(path)) if path.exists() and path.stat().st_size else []
+    return list(common.read_jsonl(path)) if path.exists() and path.stat().st_size else []
 
 
 # -------------------------------------------------------------------------------------------------- effects, verdicts
@@ -118,10 +116,10 @@ def scores(row, what, k=0):
     "curve" (all k), "entropy", "mean_tokens"."""
     n, n_correct = row["n"], row["n_correct"]
     if what == "curve":
-        return stats.pass_curve(n, n_correct)
+        return common.pass_curve(n, n_correct)
     if what in ("entropy", "mean_tokens"):
         return [row[what]]
-    return [stats.pass_at_k(n, n_correct, {"k": k or n, "n": n}.get(what, what))]
+    return [common.pass_at_k(n, n_correct, {"k": k or n, "n": n}.get(what, what))]
 
 
 def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0):
@@ -141,13 +139,13 @@ def estimate(run, what, arm, reference=None, when="before", benchmarks=None, k=0
         same &= all(p == pids[0] for p in pids)
         for s, ids in zip(seeds, pids):
             if reference and sorted(run.table(s, reference, when, b)) != ids:
-                c.die(f"{run.path}, seed {s}, {b}: {arm} and {reference} were evaluated on different problems")
+                common.die(f"{run.path}, seed {s}, {b}: {arm} and {reference} were evaluated on different problems")
         read = lambda a: [np.array([scores(run.table(s, a, when, b)[pid], what, k) for pid in ids], dtype=float)
                           for s, ids in zip(seeds, pids)]
         groups.append([x - y for x, y in zip(read(arm), read(reference))] if reference else read(arm))
     if any(np.isnan(x).any() for group in groups for x in group):      # entropy was not measured
         return None
-    value, low, high = stats.bootstrap(groups, same)
+    value, low, high = common.bootstrap(groups, same)
     if what not in ("entropy", "mean_tokens"):
         low, high = (np.clip(x, -1.0 if reference else 0.0, 1.0) for x in (low, high))
     if what != "curve":
@@ -304,7 +302,7 @@ def selection_table(run):
     """Training sets of every arm, from the sidecars of `select`: means over seeds."""
     rows = []
     for arm in run.arms:
-        metas = [m for m in (handover.read_meta(run.path / f"seed-{s}" / arm / "train.jsonl") for s in run.seeds) if m]
+        metas = [m for m in (common.read_meta(run.path / f"seed-{s}" / arm / "train.jsonl") for s in run.seeds) if m]
         for name, label in (("ce", "cross entropy"), ("ul", "unlikelihood")):
             sets = [m[name] for m in metas if name in m]
             if sets:
@@ -483,8 +481,8 @@ def figure_perplexity(run, out):
         for arm in drawn_arms(run):
             path = run.path / f"seed-{s}" / arm / "train.jsonl"
             if arm not in found and path.exists():
-                rows = [(row["ppl"], row["objective"]) for row in handover.read_jsonl(path, {"objective": str}) if row["ppl"]]
-                found[arm] = (s, handover.read_meta(path) or {}, rows)
+                rows = [(row["ppl"], row["objective"]) for row in common.read_jsonl(path, {"objective": str}) if row["ppl"]]
+                found[arm] = (s, common.read_meta(path) or {}, rows)
     gaussian = next((meta for arm in MAIN_ARMS[::-1] if (meta := found.get(arm, (0, {}, 0))[1]).get("bins")), None)
     if not gaussian:
         return None
@@ -672,7 +670,7 @@ def explanation(run, out):
         for figure in section.get("figures", []):
             source = run.path / figure["file"]
             if not source.exists():
-                c.die(f"{path} names the figure {figure['file']}, which is not there")
+                common.die(f"{path} names the figure {figure['file']}, which is not there")
             if source.parent.resolve() != (out / "figures").resolve():
                 shutil.copy(source, out / "figures" / source.name)
             parts.append(f"![{figure['caption']}](figures/{source.name})\n\n*{figure['caption']}*")
@@ -750,7 +748,7 @@ def main(argv=None):
     args = parse(argv)
     run = load_run(args.run)
     out = Path(args.out or run.path / "report")
-    handover.make_dir(out / "figures")
+    common.make_dir(out / "figures")
     matplotlib.rcParams.update({"font.size": 9, "svg.hashsalt": "report", "svg.fonttype": "none"})
     pairs = [(arm, ref) for ref in (REFERENCE, *CONTROLS) for arm in MAIN_ARMS]
     worlds = []
@@ -763,12 +761,12 @@ def main(argv=None):
 
     drawn = draw(run, worlds, labels[0], out / "figures")
     parts = list(compose(run, worlds, summary, drawn, facts, hashes, args.k, args.card_hour_price, out))
-    with handover.replace_file(out / "REPORT.md") as file:
+    with common.replace_file(out / "REPORT.md") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
     judged = [{"world": name, "arm": arm, "reference": ref, "claims": found}
               for name, _, of_world in worlds for (arm, ref), found in of_world.items()]
-    with handover.replace_file(out / "summary.json") as file:
-        json.dump({"schema": "summary", "schema_version": handover.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
+    with common.replace_file(out / "summary.json") as file:
+        json.dump({"schema": "summary", "schema_version": common.SCHEMA_VERSION, "run": title, "seeds": run.seeds,
                    "benchmarks": {b: n_problems(run, b) for b in run.benchmarks}, "k": args.k or "n",
                    "pass_at_k_label": labels[0], "pass_at_n_label": labels[1], "smallest_effect": SMALLEST_EFFECT,
                    "claims": judged, "arms": summary, "provenance": facts, "inputs": hashes}, file, indent=1)

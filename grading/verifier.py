@@ -27,8 +27,8 @@ grows, variables at random points.
   - Variables are real: \\sqrt{x^2} is |x|, not x; but \\ln x^2 = 2 \\ln x, since only points count where both are real.
 
 The answer is hostile text. Nothing of it is executed. Every size, exponent and the work as a whole are limited by count
-(LIMITS in latex.py), not by a clock, so a verdict does not depend on the machine. The worker processes, with a memory
-limit and a deadline, are the second wall. The grammar and the arithmetic are in latex.py.
+(LIMITS in grammar.py), not by a clock, so a verdict does not depend on the machine. The worker processes, with a memory
+limit and a deadline, are the second wall. The grammar and the arithmetic are in grammar.py.
 """
 import atexit
 import collections
@@ -46,9 +46,10 @@ import time
 import unicodedata
 from fractions import Fraction
 
-from latex import (FLIP, FUNCTIONS, GREEK, LIMITS, STRUCTURES, TWO, Parser, TooBig, Undefined, Unreadable, fold, limit,
+from grading.grammar import (FLIP, FUNCTIONS, GREEK, LIMITS, STRUCTURES, TWO, Parser, TooBig, Undefined, Unreadable, fold, limit,
                    proportional, same_value, spent)
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 Verdict = collections.namedtuple("Verdict", "correct status predicted")
 
 
@@ -268,11 +269,11 @@ class Pool:
 
     def __init__(self, seconds=20, megabytes=512, limits=None):
         self.seconds, self.idle = seconds, []
-        self.command = [sys.executable, os.path.abspath(__file__), "--worker", json.dumps([megabytes, limits or {}])]
+        self.command = [sys.executable, "-m", "grading.verifier", "--worker", json.dumps([megabytes, limits or {}])]
 
     def start(self):
         kept = {name: os.environ[name] for name in self.KEPT if name in os.environ}
-        worker = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        worker = subprocess.Popen(self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
                                   env=kept | {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"})
         if worker.stdout.readline() != b"ready\n":
             raise RuntimeError(f"a verifier process does not start (exit code {worker.wait()}): {self.command}")
