@@ -353,6 +353,10 @@ def sha256_file(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_text(*parts) -> str:
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
+
+
 def provenance() -> dict:
     """git commit (with '-dirty' if the tree is changed) and package versions."""
     here = Path(__file__).parent
@@ -509,6 +513,43 @@ class StopFlag:
     def on_any_rank(self, device) -> int:
         """The signal that some rank was sent, 0 if none. All ranks ask at the same point, and get the same answer."""
         return int(all_reduce_max(torch.tensor(self.number, device=device)))
+
+
+def printer(dist: Dist):
+    """print, flushed, on rank 0; nothing on the others."""
+    def say(*words):
+        if dist.rank == 0:
+            print(*words, flush=True)
+    return say
+
+
+def sum_over_ranks(sums: dict) -> dict:
+    """{name: tensor []} -> {name: float}, each summed over the ranks in one exchange."""
+    total = all_reduce_sum(torch.stack([x.double() for x in sums.values()]))
+    return dict(zip(sums, total.tolist()))
+
+
+def rows_of_step(n_rows: int, per_step: int, step: int, seed: int, stream: str = "") -> np.ndarray:
+    """Indices [per_step] of the rows of `step` (from 1), a pure function of its arguments: resume cannot skip or repeat.
+
+    Each epoch is a new permutation, whole batches only (drop last). `stream` tells apart sets that are drawn side by side.
+    """
+    epoch, i = divmod(step - 1, n_rows // per_step)
+    words = [len(stream), *stream.encode()] if stream else []
+    order = np.random.default_rng([seed, epoch, *words]).permutation(n_rows)
+    return order[i * per_step:(i + 1) * per_step]
+
+
+def refuse_bad_step(out, step: int, numbers: dict, batch: list, dist: Dist):
+    """Ends the run (exit code 1) before a loss or gradient that is not finite reaches a weight, and names the batch."""
+    bad = {name: x for name, x in numbers.items() if not math.isfinite(x)}
+    if not bad:
+        return
+    path = Path(out) / f"bad_batch.rank{dist.rank}.json"
+    path.write_text(json.dumps({"step": step, "batch": batch}))
+    print(f"error: step {step}: not finite: {bad}; the batch is in {path}, the newest checkpoint is unharmed",
+          file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def barrier():

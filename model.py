@@ -1,10 +1,14 @@
 """Tokens, packs, the one log-prob primitive, and checkpoints.
 
-Every stage is a function of per-token log-probabilities, so the heart of this file is `token_logprobs(model, pack)`:
-sequences laid end to end without padding, attention that keeps them apart, and an output layer that is walked in chunks,
-so that a tokens x vocabulary matrix never exists.
+Every stage is a function of per-token log-probabilities, so the heart of this file is
 
-Shapes: T tokens of a pack, S sequences in it, N scored tokens, H hidden size, V vocabulary, B generation slots.
+    token_logprobs(model, pack) -> logp [N], entropy [N]
+
+Sequences lie end to end without padding, attention keeps them apart, and the output layer is walked
+in chunks, so that a tokens x vocabulary matrix never exists.
+
+Shapes: T tokens of a pack, S sequences in it, E the sum of their lengths, N scored tokens, H hidden
+size, V vocabulary, D head dimension.
 """
 
 import contextlib
@@ -21,38 +25,48 @@ import torch.nn.functional as F
 
 from common import Dist, barrier, die
 
-# ---------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------ tokens
 
-# One text in training, RLVR and evaluation (PAPER: "Prompt").
+# One text in training, RLVR and evaluation (PAPER.md, "Prompt").
 INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
                "then put your final answer within \\boxed{}.")
-END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+END_OF_TURN = "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(path, any_markup: bool = False):
-    """`any_markup`: enough to sample from (R1's distilled models have markup of their own), not to train."""
+    """The tokenizer of a model directory or hub id.
+
+    `any_markup`: enough to sample from (R1's distilled models have markup of their own), not to
+    train.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    # AutoTokenizer lays Qwen's own splitting rules over any Qwen2 model's tokenizer.json: that file itself is the truth.
-    kind = PreTrainedTokenizerFast if (Path(model_dir(path)) / "tokenizer.json").exists() else AutoTokenizer
+    directory = model_dir(path)
+    # AutoTokenizer lays Qwen's own splitting rules over any Qwen2 model's tokenizer.json: that file
+    # itself is the truth.
+    has_file = (Path(directory) / "tokenizer.json").exists()
+    kind = PreTrainedTokenizerFast if has_file else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(model_dir(path))
+        tokenizer = kind.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
         die(f"cannot read a tokenizer from {path}: {str(error).splitlines()[0]}")
-    missing = [t for t in (END_OF_TURN, END_OF_TEXT) if token_id(tokenizer, t) is None]
+    missing = [token for token in (END_OF_TURN, END_OF_TEXT) if token_id(tokenizer, token) is None]
     if missing and not any_markup:
-        die(f"the tokenizer in {path} has no {' and no '.join(missing)}: Qwen chat markup is needed")
+        lacking = " and no ".join(missing)
+        die(f"the tokenizer in {path} has no {lacking}: Qwen chat markup is needed")
     return tokenizer
 
 
 def render_prompt(tokenizer, problem: str) -> list[int]:
     """Token ids of the user turn and the opening of the assistant's, no system prompt."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": problem + INSTRUCTION}],
-                                         tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": problem + INSTRUCTION}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a response's text alone. Markup inside the text stays text: a response cannot end its own turn."""
+    """Token ids of a response's text alone. Markup in it stays text: a response cannot end its own
+    turn."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -62,15 +76,19 @@ def encode_response(tokenizer, text: str) -> list[int]:
 
 
 def token_id(tokenizer, token: str) -> int | None:
-    """Id of a special token, None if there is none (an unknown token has the id of `unk`, which may be a stop token)."""
+    """Id of a special token, or None (an unknown token has the id of `unk`, which may be a stop
+    token)."""
     found = tokenizer.convert_tokens_to_ids(token)
-    return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
+    if found is None or tokenizer.convert_ids_to_tokens(found) != token:
+        return None
+    return found
 
 
 def stop_ids(tokenizer) -> list[int]:
     """End of turn, end of text, and the tokenizer's own end of sequence."""
-    ids = [token_id(tokenizer, t) for t in (END_OF_TURN, END_OF_TEXT)] + [tokenizer.eos_token_id]
-    return list(dict.fromkeys(i for i in ids if i is not None))
+    markup = [token_id(tokenizer, END_OF_TURN), token_id(tokenizer, END_OF_TEXT)]
+    candidates = [*markup, tokenizer.eos_token_id]
+    return list(dict.fromkeys(i for i in candidates if i is not None))
 
 
 def decode_response(tokenizer, ids: list[int]) -> str:
@@ -80,14 +98,22 @@ def decode_response(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-# --------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------- packs
 
 
 @dataclasses.dataclass
 class Pack:
-    """Sequences end to end. Scored token n is `targets[n]`, predicted at position `rows[n]`, of sequence `seq[n]`.
+    """Sequences end to end. Scored token n is `targets[n]`, predicted at row `rows[n]`, of sequence
+    `seq[n]`.
 
-    Tokens that sequences share stand once in T; attention alone lays them out for each sequence again, E = sum of lengths.
+    Tokens that sequences share stand once in T; attention alone lays them out for each sequence
+    again, in E. The sequences [a b c d] and [a b e], scored from their third token on, with their
+    common prompt [a b] shared:
+
+        E            a b c d | a b e        cu_seqlens   0 4 7
+        index        0 1 2 3   0 1 4        owner        0 1 2 3 6
+        input_ids    a b c d e              rows         1 2 1       (the rows of b, c and b)
+        position_ids 0 1 2 3 2              targets      c d e
     """
     input_ids: torch.Tensor      # [T]
     position_ids: torch.Tensor   # [T] restart at 0 with each sequence
@@ -96,174 +122,216 @@ class Pack:
     rows: torch.Tensor           # [N]
     targets: torch.Tensor        # [N]
     seq: torch.Tensor            # [N]
-    index: torch.Tensor | None   # [E] the row in T of each token of each sequence; None: nothing is shared, E is T
+    index: torch.Tensor | None   # [E] the row in T of each token; None: E is T
     owner: torch.Tensor | None   # [T] the place in E of each row (of a shared one: the first)
-    groups: list                 # CPU attention: sequences of like length side by side, [(index [S_g L_g] into T, S_g)]
-    order: torch.Tensor          # [T] where each token stands in the groups, end to end
+    groups: list                 # for attention on a CPU, see cpu_groups
+    order: torch.Tensor          # [T] where each row stands in the groups, end to end
 
     def spread(self, x):
         """[T, ...] -> [E, ...]"""
         return x if self.index is None else x[self.index]
 
 
-def pack_sequences(sequences: list[tuple[list[int], int]], device="cpu", share: bool = False) -> Pack:
-    """Lay (ids, start) sequences end to end; the tokens start..len-1 are scored (start >= 1: a first token has no
-    prediction). The scored tokens come out sequence by sequence, in order.
+def pack_sequences(sequences: list[tuple[list[int], int]], device="cpu", share=False) -> Pack:
+    """Lay (ids, start) sequences end to end; the tokens start..len-1 of each are scored, and come
+    out in order.
 
-    `share`: tokens 0..start-1 that several sequences begin with, such as the prompt of a group of rollouts, go through the
-    model once (Liu et al. 2025, "Prefix Grouper", arXiv 2506.05433). Log-probs and gradients are the same.
+    `start` is at least 1: a first token has no prediction. `share`: tokens 0..start-1 that several
+    sequences begin with, such as the prompt of a group of rollouts, go through the model once (Liu
+    et al. 2025, "Prefix Grouper", arXiv 2506.05433). Log-probs and gradients are the same.
     """
     lengths = np.array([len(ids) for ids, _ in sequences])
     starts = np.array([start for _, start in sequences])
     assert (starts >= 1).all(), "the first token of a sequence has no prediction"
     borders = np.concatenate([[0], lengths.cumsum()])
-    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in sequences])
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    scored = np.concatenate([np.arange(s, n) + b for s, n, b in zip(starts, lengths, borders)]).astype(np.int64)
-    seq = np.repeat(np.arange(len(lengths)), np.maximum(lengths - starts, 0))
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in sequences])  # [E]
+    positions = np.concatenate([np.arange(length) for length in lengths])   # [E]
+    n_scored = np.maximum(lengths - starts, 0)
+    seq = np.repeat(np.arange(len(lengths)), n_scored)                      # [N]
+    is_scored = positions >= np.repeat(starts, lengths)                     # [E]
+    scored = np.flatnonzero(is_scored)                                      # [N] places in E
+
     index = owner = np.arange(len(tokens))
-    if share:                                                 # the first sequence that begins so owns the rows
-        firsts = {}
-        for (ids, start), border in zip(sequences, borders):
-            index[border:border + start] = firsts.setdefault(tuple(ids[:start]), border) + np.arange(start)
-        owner, index = np.unique(index, return_inverse=True)  # [T] into E, [E] into T
-    groups, rest, order, n_laid = [], np.argsort(-lengths, kind="stable"), np.zeros(len(owner), dtype=np.int64), 0
-    while len(rest) and torch.device(device).type == "cpu":   # longest first; a group pads at most a fifth
-        inside = rest[lengths[rest] >= 0.8 * lengths[rest[0]]]
-        offsets = np.arange(lengths[rest[0]])[None, :]
-        valid = offsets < lengths[inside][:, None]
-        side_by_side = index[borders[inside][:, None] + np.where(valid, offsets, 0)]     # [S_g, L_g]
-        order[side_by_side[valid]] = n_laid + np.flatnonzero(valid)
-        groups.append((torch.from_numpy(side_by_side.reshape(-1)), len(inside)))
-        rest, n_laid = rest[len(inside):], n_laid + side_by_side.size
-    to = lambda array, dtype=torch.int64: torch.from_numpy(array).to(device=device, dtype=dtype)
-    shared = (to(index), to(owner)) if len(owner) < len(tokens) else (None, None)
-    return Pack(to(tokens[owner]), to(positions[owner]), to(borders, torch.int32), int(lengths.max()), to(index[scored - 1]),
-                to(tokens[scored]), to(seq), *shared, groups, to(order))
+    if share:
+        index, owner = share_prompts(sequences, borders)
+    groups, order = [], np.zeros(len(owner), dtype=np.int64)
+    if torch.device(device).type == "cpu":
+        groups, order = cpu_groups(lengths, borders, index, n_rows=len(owner))
+
+    def tensor(array, dtype=torch.int64):
+        return torch.from_numpy(array).to(device=device, dtype=dtype)
+
+    is_shared = len(owner) < len(tokens)
+    return Pack(input_ids=tensor(tokens[owner]),
+                position_ids=tensor(positions[owner]),
+                cu_seqlens=tensor(borders, torch.int32),
+                max_seqlen=int(lengths.max()),
+                rows=tensor(index[scored - 1]),
+                targets=tensor(tokens[scored]),
+                seq=tensor(seq),
+                index=tensor(index) if is_shared else None,
+                owner=tensor(owner) if is_shared else None,
+                groups=groups,
+                order=tensor(order))
 
 
-# Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is where attention's
-# FLOPs equal the rest: 6 * hidden for a Qwen2-like layer (24 H^2 L against 4 H L^2), 9,216 for hidden 1,536.
+def share_prompts(sequences, borders) -> tuple[np.ndarray, np.ndarray]:
+    """index [E] and owner [T] of a Pack: the first sequence with some tokens 0..start-1 owns their
+    rows."""
+    place = np.arange(borders[-1])  # [E] of each token: the place in E of the token it is read as
+    first_with = {}
+    for (ids, start), border in zip(sequences, borders):
+        first = first_with.setdefault(tuple(ids[:start]), border)
+        place[border:border + start] = first + np.arange(start)
+    owner, index = np.unique(place, return_inverse=True)
+    return index, owner
+
+
+def cpu_groups(lengths, borders, index, n_rows: int) -> tuple[list, np.ndarray]:
+    """Sequences of like length laid side by side, for attention on a CPU: groups [(rows [S_g *
+    L_g], S_g)], order [T].
+
+    Longest first; a group pads at most a fifth. Lengths 5, 2, 4 make two groups, 5 with 4 (padded
+    by one) and 2 alone.
+    """
+    groups, n_laid = [], 0
+    order = np.zeros(n_rows, dtype=np.int64)
+    rest = np.argsort(-lengths, kind="stable")
+    while len(rest):
+        longest = lengths[rest[0]]
+        inside = rest[lengths[rest] >= 0.8 * longest]
+        offsets = np.arange(longest)[None, :]
+        is_token = offsets < lengths[inside][:, None]                       # [S_g, L_g]
+        places = borders[inside][:, None] + np.where(is_token, offsets, 0)
+        rows = index[places]                                                # [S_g, L_g]
+        order[rows[is_token]] = n_laid + np.flatnonzero(is_token)
+        groups.append((torch.from_numpy(rows.reshape(-1)), len(inside)))
+        n_laid += rows.size
+        rest = rest[len(inside):]
+    return groups, order
+
+
+# Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is
+# where attention's FLOPs equal the rest: 6 * hidden for a Qwen2-like layer (24 H^2 L against 4 H
+# L^2), 9,216 for hidden 1,536.
 ATTENTION_KNEE = 9216
 
 
 def plan_packs(lengths: list[int], budget: int, n_ranks: int = 1) -> list[list[list[int]]]:
-    """Split sequences (by index) over ranks and into packs of at most `budget` tokens: ranks -> packs -> indices.
+    """Split sequences (by index) over ranks and into packs of at most `budget` tokens: ranks ->
+    packs -> indices.
 
-    A pure function of its arguments; every index exactly once; longest sequences first (greedy, to the rank with the
-    least cost, then to the emptiest of its packs with room), so that the largest pack comes first and an out-of-memory
-    shows at once. Every rank gets the same number of packs (some may be empty), so collectives match.
+    A pure function of its arguments, every index exactly once. The longest go first, each to the
+    rank with the least cost, then to the emptiest of its packs, so that the largest pack comes
+    first and an out-of-memory shows at once. Every rank gets the same number of packs (some may be
+    empty), so that collectives match. With a budget of 10:
+
+        lengths 9 4 3 2, two ranks      rank 0: [9]        rank 1: [4 3 2]
+        lengths 6 6 3, one rank         [6 3] [6]
     """
-    if any(n > budget for n in lengths):
-        die(f"a sequence of {max(lengths)} tokens does not fit the pack budget of {budget} tokens; raise --token-budget")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    ranks, cost = [[] for _ in range(n_ranks)], [0.0] * n_ranks
-    for i in order:
-        r = min(range(n_ranks), key=cost.__getitem__)
-        ranks[r].append(i)
-        cost[r] += lengths[i] * (1 + lengths[i] / ATTENTION_KNEE)
-    def fill(indices, n_packs):
-        packs, room = [[] for _ in range(n_packs)], [budget] * n_packs
-        for i in indices:
-            p = max(range(n_packs), key=room.__getitem__)
-            if room[p] < lengths[i]:
-                return None
-            packs[p].append(i)
-            room[p] -= lengths[i]
-        return packs
-    n_packs = max(1, max(math.ceil(sum(lengths[i] for i in indices) / budget) for indices in ranks))
-    while any(fill(indices, n_packs) is None for indices in ranks):
+    longest = max(lengths, default=0)
+    if longest > budget:
+        die(f"a sequence of {longest} tokens does not fit the pack budget of {budget} tokens; "
+            "raise --token-budget")
+    of_rank = [[] for _ in range(n_ranks)]
+    cost = [0.0] * n_ranks
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        cheapest = min(range(n_ranks), key=cost.__getitem__)
+        of_rank[cheapest].append(i)
+        cost[cheapest] += lengths[i] * (1 + lengths[i] / ATTENTION_KNEE)
+
+    tokens = [sum(lengths[i] for i in indices) for indices in of_rank]
+    n_packs = max(1, math.ceil(max(tokens) / budget))
+    while True:
+        plan = [fill_packs(indices, lengths, budget, n_packs) for indices in of_rank]
+        if None not in plan:
+            return plan
         n_packs += 1
-    return [fill(indices, n_packs) for indices in ranks]
 
 
-# -------------------------------------------------------------------------------------- the primitive: token log-probs
+def fill_packs(indices, lengths, budget: int, n_packs: int) -> list[list[int]] | None:
+    """Each sequence in turn into the pack with the most room; None if one does not fit any."""
+    packs = [[] for _ in range(n_packs)]
+    room = [budget] * n_packs
+    for i in indices:
+        emptiest = max(range(n_packs), key=room.__getitem__)
+        if room[emptiest] < lengths[i]:
+            return None
+        packs[emptiest].append(i)
+        room[emptiest] -= lengths[i]
+    return packs
 
 
-def packed_attention(module, query, key, value, attention_mask=None, scaling=None, pack=None, slots=None, **_):
-    """Causal attention within each sequence of a pack. query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+# --------------------------------------------------------------------------------------- attention
 
-    Registered with transformers as "packed". CUDA: one varlen kernel (bf16). CPU: sequences of like length are laid side
-    by side, right-padded (a causal query never sees what is behind it), one call per group. With `slots` (a KVSlots) the
-    keys and values are kept for generation, and without `pack` each row of the batch is one slot's next token.
+
+def packed_attention(module, query, key, value, attention_mask=None, scaling=None,
+                     pack=None, slots=None, **_):
+    """Causal attention within each sequence of a pack. query [1, Hq, T, D], key and value [1, Hkv,
+    T, D] -> [1, T, Hq, D].
+
+    Registered with transformers as "packed". CUDA: one varlen kernel. CPU: sequences of like length
+    side by side. With `slots` (engines.KVSlots) keys and values are kept for generation, and
+    without `pack` each row of the batch is one slot's next token.
     """
     if slots is not None:
         slots.write(module.layer_idx, key, value, pack)
     if pack is None:
         return slots.attend(module.layer_idx, query, scaling), None
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))   # [T, heads, D]
-    if query.is_cuda:
-        return varlen_attention(query, key, value, scaling, pack)[None], None
-    heads, dim, outs = query.shape[1], query.shape[2], []
-    for index, n in pack.groups:                       # F.embedding gathers rows, and has the fastest backward that does
-        q, k, v = (F.embedding(index, x.flatten(1)).view(n, len(index) // n, -1, dim).transpose(1, 2)
-                   for x in (query, key, value))       # [S_g, heads, L_g, D]
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        outs.append(o.transpose(1, 2).reshape(len(index), -1))
-    return F.embedding(pack.order, torch.cat(outs)).view(1, -1, heads, dim), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    attend = varlen_attention if query.is_cuda else cpu_attention
+    return attend(query, key, value, scaling, pack)[None], None
 
 
 def varlen_attention(query, key, value, scaling, pack):
-    """[T, heads, D] -> [T, Hq, D] by one kernel in bf16, CUDA only; `tests/test_core.py` runs all but the kernel."""
+    """[T, heads, D] -> [T, Hq, D] by one kernel in bf16, CUDA only (docs/GPU.md)."""
     from torch.nn.attention import varlen
+    # [E, heads, D], bf16: the kernel takes nothing else
     query, key, value = (pack.spread(x.to(torch.bfloat16)) for x in (query, key, value))
-    out = varlen.varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen,
-                             scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    borders, longest = pack.cu_seqlens, pack.max_seqlen
+    causal = (-1, 0)                                      # any distance back, none ahead
+    out = varlen.varlen_attn(query, key, value, borders, borders, longest, longest,
+                             scale=scaling, window_size=causal, enable_gqa=True)
     return out if pack.owner is None else out[pack.owner]
 
 
-def load_config(path):
-    from transformers import AutoConfig
-    try:
-        return AutoConfig.from_pretrained(model_dir(path))
-    except (OSError, ValueError) as error:
-        die(f"cannot read a model configuration from {path}: {str(error).splitlines()[0]}")
+def cpu_attention(query, key, value, scaling, pack):
+    """[T, heads, D] -> [T, Hq, D], one call per group; right-padded, so that a causal query never
+    sees the padding."""
+    n_heads, head_dim = query.shape[1:]
+    outs = []
+    for rows, n_sequences in pack.groups:
+
+        length = len(rows) // n_sequences
+
+        def side_by_side(x):
+            gathered = F.embedding(rows, x.flatten(1))  # gathers with the fastest backward
+            return gathered.view(n_sequences, length, -1, head_dim).transpose(1, 2)
+
+        # [S_g, heads, L_g, D]
+        q, k, v = side_by_side(query), side_by_side(key), side_by_side(value)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        outs.append(out.transpose(1, 2).reshape(len(rows), -1))
+    return F.embedding(pack.order, torch.cat(outs)).view(-1, n_heads, head_dim)
 
 
-def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False):
-    """A causal LM whose attention is `packed_attention`; frozen and in eval mode unless `trainable`."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)   # the borders are the mask
-    disable_progress_bar()
-    config = load_config(path)
-    if getattr(config, "use_sliding_window", False):
-        die(f"{path} uses sliding-window attention, which the packed attention does not implement")
-    model = AutoModelForCausalLM.from_pretrained(model_dir(path), dtype=dtype, attn_implementation="packed").to(device)
-    if model.get_output_embeddings().bias is not None:
-        die(f"{path} has a bias in its output layer, which the log-prob primitive does not implement")
-    if not trainable and torch.device(device).type == "cuda":
-        halve_linear(model)
-    return model.train(trainable).requires_grad_(trainable)
-
-
-def halve_linear(model):
-    """Linear layers in bf16: for a frozen model under autocast, which would cast them at each call, the same numbers in half
-    the memory. Embedding, norms and a tied output layer stay as they are."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and not (tied and module is model.get_output_embeddings()):
-            module.to(torch.bfloat16)
-
-
-def check_positions(config, needed: int, what: str):
-    """`what` needs `needed` positions: refuse a model that has fewer (silent RoPE overruns ruin long chains of thought)."""
-    if needed > config.max_position_embeddings:
-        die(f"{what} needs {needed} positions, the model has max_position_embeddings = {config.max_position_embeddings}; "
-            "prepare the base first (01_sample.py prepare-base) or lower the limit")
+# ------------------------------------------------------------------ the primitive: token log-probs
 
 
 class OutputLayer(torch.autograd.Function):
-    """hidden [N, H], weight [V, H], targets [N] -> log p(target) [N], entropy [N], a chunk of rows at a time.
+    """hidden [N, H], weight [V, H], targets [N] -> log p(target) [N], entropy [N], a chunk of rows
+    at a time.
 
-    Forward keeps only the log-normaliser of each row; backward makes the chunk's logits again. With z = h W' / T:
-    d logp / dz = 1[target] - softmax(z), so any loss on logp is exact. Entropy is a measurement: no gradient.
+    Forward keeps only the two parts of each row's log-normaliser; backward makes the chunk's logits
+    again. With z = h W' / T, d logp / dz = 1[target] - softmax(z), so any loss on logp is exact.
+    Entropy is a measurement: no gradient.
     """
 
     @staticmethod
     def chunks(hidden, weight):
-        budget = 2**28 if hidden.is_cuda else 2**26    # logits alive at once: 1 GiB on CUDA, 256 MiB on a CPU
+        # logits alive at once: 1 GiB on CUDA, 256 MiB on a CPU
+        budget = 2**28 if hidden.is_cuda else 2**26
         size = max(1, budget // weight.shape[0])
         return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
@@ -271,20 +339,24 @@ class OutputLayer(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, want_entropy):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)
-        logp, log_z = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        top = torch.empty_like(logp)
+        log_total = torch.empty_like(logp)
         entropy = torch.empty_like(logp) if want_entropy else None
         for rows in OutputLayer.chunks(hidden, weight):
-            z = (hidden[rows] @ w.T).to(wide).div_(temperature)                     # [n, V]
-            target_z = z.gather(1, targets[rows, None])[:, 0]
-            top = z.max(dim=1).values
-            z.sub_(top[:, None])
+            z = (hidden[rows] @ w.T).to(wide).div_(temperature)             # [n, V]
+            top[rows] = z.max(dim=1).values
+            z.sub_(top[rows, None])
+            target_z = z.gather(1, targets[rows, None])[:, 0]  # z_t - max
             p = z.exp()
             total = p.sum(dim=1)
-            log_z[rows] = total.log() + top
-            logp[rows] = target_z - log_z[rows]
-            if want_entropy:   # H = log Z - E[z]
+            log_total[rows] = total.log()
+            # (z_t - max) - log total keeps the digits near p = 1 that z_t - (max + log total)
+            # rounds away.
+            logp[rows] = target_z - log_total[rows]
+            if want_entropy:                              # H = log Z - E[z]
                 entropy[rows] = total.log() - p.mul_(z).sum(dim=1) / total
-        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.save_for_backward(hidden, weight, targets, top, log_total)
         ctx.temperature = temperature
         if want_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -292,80 +364,67 @@ class OutputLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, _):
-        hidden, weight, targets, log_z = ctx.saved_tensors
+        hidden, weight, targets, top, log_total = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=top.dtype)
         for rows in OutputLayer.chunks(hidden, weight):
-            z = (hidden[rows] @ w.T).to(log_z.dtype).div_(ctx.temperature)
+            z = (hidden[rows] @ w.T).to(top.dtype).div_(ctx.temperature)    # [n, V]
             scale = (grad_logp[rows] / ctx.temperature)[:, None]
-            dz = z.sub_(log_z[rows, None]).exp_().mul_(-scale)                      # -g softmax(z)
-            dz.scatter_add_(1, targets[rows, None], scale)                          # +g at the target
+            p = z.sub_(top[rows, None]).sub_(log_total[rows, None]).exp_()
+            dz = p.mul_(-scale)  # -g softmax(z)
+            dz.scatter_add_(1, targets[rows, None], scale)  # +g at the target
             dz = dz.to(hidden.dtype)
             grad_hidden[rows] = dz @ w
-            if grad_weight is not None:
-                if grad_weight.dtype == hidden.dtype:
-                    grad_weight.addmm_(dz.T, hidden[rows])
-                else:
-                    grad_weight += dz.T @ hidden[rows]
-        return grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(dz.T, hidden[rows])
+            else:
+                grad_weight += dz.T @ hidden[rows]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 
 def token_logprobs(model, pack: Pack, temperature: float = 1.0, entropy: bool = False):
-    """Log-probs of a pack's scored tokens: (logp [N] float32, entropy [N] or None). Differentiable in logp.
+    """Log-probs of a pack's scored tokens: (logp [N] float32, entropy [N] in nats, or None).
+    Differentiable in logp.
 
-    Compute is bf16 on CUDA (autocast over float32 weights), the weights' own type elsewhere.
+    Both are of softmax(logits / temperature). Compute is bf16 on CUDA (autocast over float32
+    weights), the weights' own type elsewhere.
     """
     cuda = pack.input_ids.is_cuda
     with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-        hidden = model.model(input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], pack=pack,
-                             use_cache=False).last_hidden_state[0, pack.rows]       # [N, H]
+        out = model.model(input_ids=pack.input_ids[None], position_ids=pack.position_ids[None],
+                          pack=pack, use_cache=False)
+    hidden = out.last_hidden_state[0, pack.rows]                            # [N, H]
     if cuda:
         hidden = hidden.to(torch.bfloat16)
-    return OutputLayer.apply(hidden, model.get_output_embeddings().weight, pack.targets, temperature, entropy)
+    weight = model.get_output_embeddings().weight
+    return OutputLayer.apply(hidden, weight, pack.targets, temperature, entropy)
 
 
-# ---------------------------------------------------------------------------- ranks and checkpoints
+class TokenLogprobs(torch.nn.Module):
+    """The primitive as a module, for 03 and 04 to train: a pack in, logp [N] and entropy [N] out.
 
-
-def distribute(module: torch.nn.Module, dist: Dist, shard: bool = False) -> torch.nn.Module:
-    """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split over ranks). One rank has
-    nothing to split: neither.
-
-    `module` must compute the loss in its own `forward`: a call past the wrapper would train on unsynchronised gradients.
-    Both average gradients over ranks, so the loss is multiplied by the number of ranks.
+    It is what DDP and fully_shard wrap: they exchange gradients, and gather shards, around its
+    forward, so every pass of a training step goes through the wrapped module. The loss is a
+    function of what it returns.
     """
-    if shard and dist.world > 1:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        cuda = dist.device.startswith("cuda")
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else MixedPrecisionPolicy()
-        mesh = torch_dist.init_device_mesh(dist.device.split(":")[0], (dist.world,))
-        for layer in module.model.model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        return fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    if dist.world > 1:
-        return torch.nn.parallel.DistributedDataParallel(
-            module, device_ids=[torch.device(dist.device)] if dist.device.startswith("cuda") else None)
-    return module
+
+    def __init__(self, model, temperature: float = 1.0):
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, pack):
+        return token_logprobs(self.model, pack, self.temperature, entropy=True)
 
 
-def clip_gradient(model, largest: float) -> float:
-    """Scale the gradient to a norm of at most `largest` (0: no limit); returns the norm it had, over all shards."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-@contextlib.contextmanager
-def gradient_sync(module, last: bool):
-    """Around forward AND backward of a micro-batch: gradients are exchanged only in the last one of a step."""
-    if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(last)
-        yield
-    elif not last and hasattr(module, "no_sync"):
-        with module.no_sync():
-            yield
-    else:
-        yield
+# ---------------------------------------------------------------------------------- loading models
 
 
 def model_dir(path) -> str:
@@ -378,47 +437,161 @@ def model_dir(path) -> str:
     die(f"{path} is no model: neither config.json nor final/config.json is there")
 
 
-def rng_state() -> dict:
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def load_config(path):
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(model_dir(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        die(f"cannot read a model configuration from {path}: {str(error).splitlines()[0]}")
 
 
-def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int = 2, dist: Dist = Dist(), **state):
-    """OUT/`name`: a Hugging Face directory, with `state.pt` (weights-only loadable) if an optimizer is given.
+def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False):
+    """A causal LM whose attention is `packed_attention`; frozen and in eval mode unless
+    `trainable`."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", no_mask)
+    disable_progress_bar()
+    config = load_config(path)
+    if getattr(config, "use_sliding_window", False):
+        die(f"{path} uses sliding-window attention, which the packed attention does not implement")
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir(path), dtype=dtype, attn_implementation="packed", trust_remote_code=False)
+    model.to(device)
+    if model.get_output_embeddings().bias is not None:
+        die(f"{path} has a bias in its output layer, which the log-prob primitive does not have")
+    if not trainable and torch.device(device).type == "cuda":
+        halve_linear(model)
+    return model.train(trainable).requires_grad_(trainable)
 
-    Written beside and renamed, by rank 0; all ranks must call. Of the step-* directories the newest `keep` stay.
+
+def no_mask(*args, **kwargs):
+    """The borders of a pack are its mask."""
+    return None
+
+
+def halve_linear(model):
+    """Linear layers in bf16, for a frozen model under autocast: the same numbers in half the
+    memory.
+
+    Autocast would cast them at each call. Embedding, norms and a tied output layer stay as they
+    are.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    output = model.get_output_embeddings()
+    is_tied = output.weight is model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not (is_tied and module is output):
+            module.to(torch.bfloat16)
+
+
+def check_positions(config, needed: int, what: str):
+    """Refuse a model with fewer than `needed` positions: silent RoPE overruns ruin long chains of
+    thought."""
+    if needed > config.max_position_embeddings:
+        die(f"{what} needs {needed} positions, the model has max_position_embeddings = "
+            f"{config.max_position_embeddings}; prepare the base first (tools/prepare_base.py) "
+            "or lower the limit")
+
+
+# ---------------------------------------------------------------------- training on several ranks
+
+
+def distribute(module: TokenLogprobs, dist: Dist, shard: bool = False) -> torch.nn.Module:
+    """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split
+    over ranks).
+
+    One rank has nothing to split: neither. Both average gradients over ranks, while the loss of a
+    step is a sum over the tokens of all ranks: it is multiplied by the number of ranks before
+    backward.
+    """
+    if dist.world == 1:
+        return module
+    on_cuda = dist.device.startswith("cuda")
+    if not shard:
+        device_ids = [torch.device(dist.device)] if on_cuda else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    precision = MixedPrecisionPolicy()
+    if on_cuda:
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = torch_dist.init_device_mesh("cuda" if on_cuda else "cpu", (dist.world,))
+    for layer in module.model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+
+
+@contextlib.contextmanager
+def gradient_sync(module, last: bool):
+    """Around forward AND backward of a micro-batch: gradients are exchanged only in the last one of
+    a step."""
+    if hasattr(module, "set_requires_gradient_sync"):     # fully_shard
+        module.set_requires_gradient_sync(last)
+        yield
+    elif hasattr(module, "no_sync") and not last:         # DDP
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def clip_gradient(module, largest: float) -> float:
+    """Clips the gradient norm to `largest` (0: no limit); returns the norm before, over all
+    shards."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), largest or math.inf)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int = 2,
+                    dist: Dist = Dist(), **state):
+    """OUT/`name`: a Hugging Face directory, with `state.pt` (weights-only loadable) if an optimizer
+    is given.
+
+    Written beside and renamed, by rank 0; all ranks must call. A checkpoint that is there already
+    stays as it is. Of the step-* directories the newest `keep` stay.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions, get_model_state_dict, get_optimizer_state_dict)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     moments = get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None
-    if dist.rank == 0:
-        out = Path(out)
-        temporary = out / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+    if dist.rank == 0 and not (Path(out) / name).exists():
+        sweep(out)
+        temporary = Path(out) / f".{name}.tmp"
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         if optimizer:
-            torch.save({"optimizer": moments, "rng": rng_state(), **state}, temporary / "state.pt")
-        shutil.rmtree(out / name, ignore_errors=True)
-        os.replace(temporary, out / name)
-        for old in sorted(out.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            torch.save({"optimizer": moments, **state}, temporary / "state.pt")
+        os.replace(temporary, Path(out) / name)
+        for old in sorted(Path(out).glob("step-*"))[:-keep]:
+            # renamed first, so that no half-deleted checkpoint has a good name
+            aside = old.with_name(f".{old.name}.tmp")
+            os.replace(old, aside)
+            shutil.rmtree(aside)
     barrier()
+
+
+def sweep(out):
+    """Remove what a killed run left half-written or half-deleted."""
+    for left in Path(out).glob(".*.tmp"):
+        shutil.rmtree(left)
 
 
 def latest_checkpoint(out) -> Path | None:
     """The newest whole checkpoint of a run (a half-written one has another name)."""
-    found = sorted(p for p in Path(out).glob("step-*") if (p / "state.pt").exists())
+    found = sorted(path for path in Path(out).glob("step-*") if (path / "state.pt").exists())
     return found[-1] if found else None
 
 
 def load_state(checkpoint, model, optimizer) -> dict:
-    """Restore optimizer and random state from a checkpoint (the weights come with `load_model`); returns the state."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    """Restore the optimizer's state from a checkpoint (the weights come with `load_model`); returns
+    the rest."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions, set_optimizer_state_dict)
     state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
-    torch.set_rng_state(state["rng"]["torch"])
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(model, optimizer, state.pop("optimizer"), options=options)
     return state

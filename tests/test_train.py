@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
-from model import clip_gradient, distribute, gradient_sync, load_model
+from model import TokenLogprobs, clip_gradient, load_model
 from conftest import ROOT, byte_tokenizer, make_model
 
 train = importlib.import_module("03_train_oxa")
@@ -34,6 +35,14 @@ def write_training_set(path, n_ce=12, n_ul=8, seed=0):
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("train")
     return make_model(path / "model"), write_training_set(path / "train.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def restore_signal_handlers():
+    old = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in old.items():
+        signal.signal(name, handler)
 
 
 def arguments(world, out, *more):
@@ -78,46 +87,53 @@ def plain_loss(path, tokens, ul_weight, normalize):
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
+def gradient_of(policy, data, batch, args, dist):
+    """A step of 03 up to its gradient."""
+    weights = train.token_weights(data, batch, args.normalize)
+    return train.accumulate_gradient(policy, data, train.packs_of_step(data, batch, args, dist), weights, args, dist)
+
+
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("budget", [300, 10000])
 def test_step_gradient_equals_the_formula_for_any_micro_batch(world, tmp_path, normalize, budget):
-    args = train.config(arguments(world, tmp_path, "--normalize", normalize, "--ul-weight", "0.3"))
+    args = train.parse_args(arguments(world, tmp_path, "--normalize", normalize, "--ul-weight", "0.3"))
     train.tokenize(args, byte_tokenizer(), 2048)
     args.token_budget = budget
     data = train.Data(tmp_path)
-    batch = train.batch_of_step(data, args, 1)
+    batch = train.batch_of_step(data, 2, args)
     loss, expected = plain_loss(world[0], [(*data.sequence(i), bool(data.is_ul[i])) for i in batch], 0.3, normalize)
     model = load_model(world[0], trainable=True)
-    sums = train.training_step(train.OxaLoss(model, 0.3, "published"), data, batch, args, common.Dist())
-    assert abs(sums[0] + 0.3 * sums[1] - loss) < 1e-5
+    sums = gradient_of(TokenLogprobs(model), data, batch, args, common.Dist())
+    assert abs(sums["ce_loss"] + 0.3 * sums["ul_loss"] - loss) < 1e-5
     for name, p in model.named_parameters():
         assert (p.grad - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
 def test_a_pass_uses_every_row_once_and_the_next_is_shuffled_anew():
     rows = np.arange(10, 33)
-    passes = [np.concatenate([train.rows_of_step(rows, 4, s, 1, "ce") for s in range(5 * e, 5 * e + 5)]) for e in (0, 1)]
+    passes = [np.concatenate([rows[common.rows_of_step(len(rows), 4, s, 1, "ce")] for s in range(5 * e + 1, 5 * e + 6)])
+              for e in (0, 1)]
     assert all(len(set(p)) == 20 and set(p) <= set(rows) for p in passes) and passes[0].tolist() != passes[1].tolist()
 
 
 GRADIENTS_OF_TWO_RANKS = """
 import contextlib, importlib, sys, torch
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 torch.set_num_threads(1)
 import common
-from model import distribute, gradient_sync, load_model
-train = importlib.import_module("03_train_oxa")
-args = train.config(sys.argv[2:])
+from model import TokenLogprobs, distribute, load_model
+from test_train import gradient_of, train
+args = train.parse_args(sys.argv[2:])
 dist = common.init_distributed()
 data = train.Data(args.out)
 sync = train.gradient_sync
 for mode in ("ddp", "fully_shard", "forgets-sync", "past-the-wrapper"):
     model = load_model(args.model, device=dist.device, trainable=True)
-    loss = train.OxaLoss(model, 0.3, "published")
-    module = distribute(loss, dist, shard=mode == "fully_shard")
+    inner = TokenLogprobs(model)
+    policy = distribute(inner, dist, shard=mode == "fully_shard")
     # two failures that a test has to see: every micro-batch inside no_sync; a loss computed past the wrapper
     train.gradient_sync = sync if mode != "forgets-sync" else lambda module, last: module.no_sync()
-    train.training_step(loss if mode == "past-the-wrapper" else module, data, train.batch_of_step(data, args, 0), args, dist)
+    gradient_of(inner if mode == "past-the-wrapper" else policy, data, train.batch_of_step(data, 1, args), args, dist)
     grads = {{n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in model.named_parameters()}}
     if dist.rank == 0:
         torch.save(grads, f"{{sys.argv[1]}}/{{mode}}.pt")
@@ -125,17 +141,17 @@ for mode in ("ddp", "fully_shard", "forgets-sync", "past-the-wrapper"):
 
 
 def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path):
-    args = train.config(arguments(world, tmp_path))
+    args = train.parse_args(arguments(world, tmp_path, "--ul-weight", "0.3"))
     train.tokenize(args, byte_tokenizer(), 2048)
     data, gradients = train.Data(tmp_path), {}
     for budget in (100000, 420, 260):                    # one micro-batch, about four, about eight
         args.token_budget = budget
         model = load_model(world[0], trainable=True)
-        train.training_step(train.OxaLoss(model, 0.3, "published"), data, train.batch_of_step(data, args, 0), args, common.Dist())
+        gradient_of(TokenLogprobs(model), data, train.batch_of_step(data, 1, args), args, common.Dist())
         gradients[budget] = {n: p.grad for n, p in model.named_parameters()}
     script = tmp_path / "two_ranks.py"
     script.write_text(GRADIENTS_OF_TWO_RANKS.format(root=str(ROOT)))
-    argv = [a if a != "800" else "260" for a in arguments(world, tmp_path)]
+    argv = [a if a != "800" else "260" for a in arguments(world, tmp_path, "--ul-weight", "0.3")]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
                            str(tmp_path), *argv], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[:4000]
@@ -149,12 +165,18 @@ def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path)
 def test_a_run_that_is_killed_or_stopped_ends_bit_for_bit_like_one_that_is_not(world, tmp_path):
     common_arguments = ["--epochs", "20", "--save-every", "3"]                             # 60 steps
     assert launch(arguments(world, tmp_path / "whole", *common_arguments)).returncode == 0
-    first = launch(arguments(world, tmp_path / "broken", *common_arguments, "--stop-at", "5"))
-    assert first.returncode == 0 and "stopped after step 5" in first.stdout
     log = tmp_path / "broken/metrics.jsonl"
+    first = subprocess.Popen([sys.executable, str(ROOT / "03_train_oxa.py"), *arguments(world, tmp_path / "broken", *common_arguments)],
+                             stdout=subprocess.PIPE, text=True)
+    while first.poll() is None and not (log.exists() and log.read_text().count("\n") >= 5):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    assert "the same command goes on from there" in first.communicate()[0] and first.returncode == 143
+    n_first = log.read_text().count("\n")
+    assert (tmp_path / f"broken/step-{n_first:06d}/state.pt").exists() and n_first < 60
     second = subprocess.Popen([sys.executable, str(ROOT / "03_train_oxa.py"), *arguments(world, tmp_path / "broken", *common_arguments)],
                               stdout=subprocess.DEVNULL)
-    while second.poll() is None and log.read_text().count("\n") < 10:
+    while second.poll() is None and log.read_text().count("\n") < n_first + 5:
         time.sleep(0.01)
     second.kill()
     assert second.wait() == -9, "killed before its end"
@@ -179,7 +201,7 @@ def test_training_promotes_and_suppresses(world, tmp_path):
     last = {}
     for weight in ("0.0", "1.0"):
         run = tmp_path / weight
-        train.train(train.config(arguments(world, run, "--ul-weight", weight, "--epochs", "8", "--lr", "3e-3")))
+        train.main(arguments(world, run, "--ul-weight", weight, "--epochs", "8", "--lr", "3e-3"))
         rows = list(common.read_jsonl(run / "metrics.jsonl"))
         last[weight] = rows[-1]
         assert rows[-1]["ce_loss"] < 0.5 * rows[0]["ce_loss"]
@@ -195,5 +217,5 @@ def test_training_promotes_and_suppresses(world, tmp_path):
 def test_bad_input_is_one_sentence_and_exit_2(world, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        train.train(train.config(arguments(world, tmp_path, *change)))
+        train.main(arguments(world, tmp_path, *change))
     assert stop.value.code == 2 and message in capsys.readouterr().err
