@@ -124,9 +124,11 @@ class HFEngine:
         hidden = hidden[:, -1] if pack is None else pack.spread(hidden[0])[pack.cu_seqlens[1:].long() - 1]
         return hidden @ self.model.get_output_embeddings().weight.T
 
-    def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
+    def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None, stop=None):
         """Yield (index, Completion) as requests finish. A request is a prompt's ids with its own seed; ask n times with
-        n seeds for n samples. A finished slot is filled with the next request at once."""
+        n seeds for n samples. A finished slot is filled with the next request at once.
+
+        `stop()` is asked before each step of the engine: once it is true nothing more is drawn or yielded."""
         limits = [min(max_tokens, self.max_len - len(p)) for p in prompts]
         if any(limit < 1 for limit in limits):
             die(f"a prompt of {max(map(len, prompts))} tokens leaves no room in {self.max_len} positions")
@@ -143,6 +145,8 @@ class HFEngine:
         ids, logps = {}, {}
         seeds = np.asarray(seeds)
         while waiting or active:
+            if stop is not None and stop():
+                return                                    # the next call fills the slots anew
             if waiting and len(active) <= n_slots - max(1, n_slots // 8):            # admit in batches: cheaper prefills
                 new = [waiting.pop() for _ in range(min(len(waiting), n_slots - len(active)))]
                 for i in new:
@@ -280,7 +284,7 @@ class VLLMEngine:
             self.llm.sleep(level=2)
             self.asleep = True
 
-    def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None):
+    def generate(self, prompts, seeds, temperature: float, top_p: float, max_tokens: int, progress=None, stop=None):
         """As HFEngine.generate. Greedy tokens are the same; sampled ones differ: the two draw differently from a seed."""
         if self.asleep:
             raise RuntimeError("the engine sleeps: sync it before generating (vLLM would hang)")
@@ -295,6 +299,8 @@ class VLLMEngine:
         waiting = set(range(len(prompts)))
         try:
             while core.has_unfinished_requests():
+                if stop is not None and stop():
+                    return                                      # `finally` takes the rest out of vLLM's queue
                 with undisturbed():
                     finished = [output for output in core.step() if output.finished]
                 for output in finished:

@@ -172,6 +172,33 @@ def test_vllm_forgets_what_the_caller_did_not_wait_for(vllm, prompts):
     assert len(draw(vllm, prompts[:2])) == 2
 
 
+def stops_early(engine, prompts):
+    """Told to stop at its 15th step: fewer responses come, all of them whole, and the next call is as if nothing was."""
+    everything = draw(engine, prompts, n_new=40)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) >= 15
+
+    before = dict(engine.generate(prompts, list(range(len(prompts))), 1.0, 1.0, 40, stop=stop))
+    assert len(asked) == 15 and len(before) < len(prompts)
+    assert all(everything[i].ids == completion.ids for i, completion in before.items())
+    assert ids(draw(engine, prompts, n_new=40)) == ids(everything)
+    assert dict(engine.generate(prompts, list(range(len(prompts))), 1.0, 1.0, 40, stop=lambda: True)) == {}
+    assert ids(draw(engine, prompts[::-1], n_new=40, seeds=list(range(len(prompts)))[::-1])) == ids(everything)[::-1]
+
+
+def test_hugging_face_ends_early_when_told_to(hf_engine, prompts):
+    stops_early(hf_engine, prompts)
+
+
+@vllm_only
+def test_vllm_ends_early_when_told_to(vllm, prompts):
+    stops_early(vllm, prompts)
+    assert not vllm.llm.llm_engine.has_unfinished_requests()
+
+
 @vllm_only
 def test_vllm_leaves_the_process_as_it_was(vllm, prompts):
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
