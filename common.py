@@ -510,6 +510,9 @@ class StopFlag:
     def note(self, number, frame):
         self.number = self.number or number
 
+    def is_set(self) -> bool:
+        return self.number != 0
+
     def on_any_rank(self, device) -> int:
         """The signal that some rank was sent, 0 if none. All ranks ask at the same point, and get the same answer."""
         return int(all_reduce_max(torch.tensor(self.number, device=device)))
@@ -527,6 +530,11 @@ def sum_over_ranks(sums: dict) -> dict:
     """{name: tensor []} -> {name: float}, each summed over the ranks in one exchange."""
     total = all_reduce_sum(torch.stack([x.double() for x in sums.values()]))
     return dict(zip(sums, total.tolist()))
+
+
+def mean_by_name(rows: list[dict]) -> dict:
+    """The mean of each name over some rows of numbers."""
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
 def rows_of_step(n_rows: int, per_step: int, step: int, seed: int, stream: str = "") -> np.ndarray:

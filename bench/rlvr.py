@@ -38,7 +38,6 @@ def run_ours(args):
 
 
 def run_trl(args, micro_batch: int, continuous: bool = False):
-    import importlib
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
@@ -46,11 +45,10 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
     import common
     from model import END_OF_TURN, load_tokenizer, model_dir, render_prompt
     from grading import verifier
-    rlvr = importlib.import_module("04_rlvr")
     tokenizer = load_tokenizer(args.model)
     tokenizer.eos_token = END_OF_TURN
     problems = list(common.read_jsonl(args.data))
-    ordered = [problems[i] for s in range(1, args.steps + 1) for i in rlvr.prompts_of_step(len(problems), PROMPTS, args.seed, s)]
+    ordered = [problems[i] for s in range(1, args.steps + 1) for i in common.rows_of_step(len(problems), PROMPTS, s, args.seed)]
     text = [tokenizer.decode(render_prompt(tokenizer, p["problem"])) for p in ordered]
     assert all(tokenizer(t)["input_ids"] == render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))
     data = Dataset.from_dict({"prompt": text, "answer": [p["answer"] for p in ordered]})

@@ -23,17 +23,14 @@ import torch
 import common
 
 
-
-def shuffled(give_rewards):
-    """04's `give_rewards`, with the rewards of each step permuted over its rollouts."""
+def shuffled(rewards_of):
+    """04's `rewards_of`, with the rewards of each step permuted over its rollouts."""
     generator = torch.Generator().manual_seed(0)
 
-    def give_shuffled_rewards(rollouts, *rest):
-        give_rewards(rollouts, *rest)
-        rewards = [r.reward for r in rollouts]
-        for r, k in zip(rollouts, torch.randperm(len(rewards), generator=generator).tolist()):
-            r.reward = rewards[k]
-    return give_shuffled_rewards
+    def shuffled_rewards(verdicts):
+        rewards = rewards_of(verdicts)
+        return rewards[torch.randperm(len(rewards), generator=generator)]
+    return shuffled_rewards
 
 
 def call(*argv):
@@ -54,7 +51,7 @@ def rewards(trained: Path) -> str:
 def main():
     if sys.argv[1:2] == ["--shuffled"]:
         rlvr = importlib.import_module("04_rlvr")
-        rlvr.give_rewards = shuffled(rlvr.give_rewards)
+        rlvr.rewards_of = shuffled(rlvr.rewards_of)
         return rlvr.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="runs/toy", type=Path, help="a finished run of the recipe (default runs/toy)")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 import common
-from model import (distribute, encode_response, encode_text, gradient_sync, latest_checkpoint,
-                   load_model, load_tokenizer, pack_sequences, render_prompt, token_logprobs)
+from model import (TokenLogprobs, distribute, encode_response, encode_text, gradient_sync, latest_checkpoint, load_model,
+                   load_tokenizer, pack_sequences, render_prompt, token_logprobs)
 import engines
 from grading import verifier
 from conftest import ROOT, make_model
@@ -46,7 +47,7 @@ def problems(tmp_path_factory):
 
 
 def configure(*more, model="m", problems="p", out="o"):
-    return rlvr.config(["--model", str(model), "--problems", str(problems), "--out", str(out), *BASIC, *map(str, more)])
+    return rlvr.parse_args(["--model", str(model), "--problems", str(problems), "--out", str(out), *BASIC, *map(str, more)])
 
 
 def run(model, problems, out, *more):
@@ -54,19 +55,29 @@ def run(model, problems, out, *more):
     return list(common.read_jsonl(Path(out) / "metrics.jsonl"))
 
 
-def fixed_rollouts(n_groups, group, seed=0, vocabulary=259, longest=9, shift=0.3):
-    """Rollouts of random tokens: lengths 1..longest, rewards 0/1 with one uniform group, engine log-probs near -5."""
+def fixed_rollouts(n_groups, group, seed=0, vocabulary=259, longest=9, shift=0.3, cut_group=None):
+    """(rollouts of random tokens, rewards): lengths 1..longest, rewards 0/1 with one uniform group, engine log-probs near -5.
+    The third of each group was cut; of `cut_group` all were."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randint(vocabulary, shape, generator=generator).tolist()
-    rollouts = []
+    rollouts, rewards = [], []
     for p in range(n_groups):
         prompt = draw(3 + p)
         for g in range(group):
             n = 1 if g == 0 else int(torch.randint(1, longest + 1, (1,), generator=generator))
-            reward = 1.0 if p == 1 else float(torch.rand(1, generator=generator) < 0.5)
+            rewards.append(1.0 if p == 1 else float(torch.rand(1, generator=generator) < 0.5))
             logp = -5 + shift * torch.randn(n, generator=generator)
-            rollouts.append(rlvr.Rollout(f"p{p}", g, prompt, draw(n), "length" if g == 2 else "stop", logp, "", reward))
-    return rollouts
+            finish = "length" if g == 2 or p == cut_group else "stop"
+            rollouts.append(rlvr.Rollout(f"p{p}", g, prompt, draw(n), finish, logp, ""))
+    return rollouts, torch.tensor(rewards)
+
+
+def gradient(policy, rollouts, rewards, args, reference=None, old_logps=None, dist=common.Dist()):
+    """A step of 04 from its rewards to its gradient: (stats, logps)."""
+    advantages = rlvr.group_advantages(rewards, args.rollouts, args.advantage)
+    weights = rlvr.token_weights(rollouts, args, dist.device)
+    ref_logps = rlvr.score(reference, rollouts, args, dist.device) if reference else None
+    return rlvr.accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_logps, args, dist)
 
 
 # ---------------------------------------------------------------------------------------------------- 4 advantages
@@ -75,18 +86,15 @@ def fixed_rollouts(n_groups, group, seed=0, vocabulary=259, longest=9, shift=0.3
     ("grpo", [1, 0, 0, 0], [0.75 / (0.5 + 1e-6)] + [-0.25 / (0.5 + 1e-6)] * 3),        # mean 1/4, std sqrt(0.75 / 3) = 1/2
     ("grpo", [1, 1], [0, 0]), ("grpo", [0, 0, 0], [0, 0, 0]), ("grpo", [1], [1 / (1 + 1e-6)]), ("grpo", [0], [0]),
     ("dr_grpo", [1, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]), ("dr_grpo", [1, 1, 1], [0, 0, 0]), ("dr_grpo", [1], [1]),
-    ("rloo", [1, 0, 0, 0], [1, -1 / 3, -1 / 3, -1 / 3]), ("rloo", [0, 0], [0, 0]), ("rloo", [1], [1]),
 ])
 def test_advantages_equal_values_by_hand(kind, rewards, expected):
-    args = configure("--advantage", kind, "--rollouts", len(rewards))
-    rollouts = [rlvr.Rollout("p", g, [1], [2], "stop", torch.zeros(1), "", float(r)) for g, r in enumerate(rewards * 2)]
-    rlvr.give_advantages(rollouts, args)
-    assert [r.advantage for r in rollouts] == pytest.approx(expected * 2, abs=1e-12)
+    advantages = rlvr.group_advantages(torch.tensor(rewards * 2).float(), len(rewards), kind)
+    assert advantages.tolist() == pytest.approx(expected * 2, abs=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------- 5, 6 loss and gradient
 
-def plain_loss(path, ref_path, rollouts, old, args):
+def plain_loss(path, ref_path, rollouts, rewards, old, args):
     """The formulas of PAPER.md and of each flag, one sequence and one token at a time, from full logits. -> loss, gradient"""
     from transformers import AutoModelForCausalLM
     model, ref = (AutoModelForCausalLM.from_pretrained(p, attn_implementation="eager").train() for p in (path, ref_path))
@@ -95,19 +103,20 @@ def plain_loss(path, ref_path, rollouts, old, args):
         logits = m(torch.tensor([r.prompt_ids + r.ids])).logits[0] / args.temperature
         return [logits[len(r.prompt_ids) + t - 1].log_softmax(0)[token] for t, token in enumerate(r.ids)]
 
-    used = []
+    advantage = {}
     for start in range(0, len(rollouts), args.rollouts):
-        group = rollouts[start:start + args.rollouts]
-        if args.skip_uniform_groups and len({r.reward for r in group}) == 1:
-            continue
-        used += [r for r in group if not (args.overlong == "mask" and r.finish == "length")]
+        group = rewards[start:start + args.rollouts].tolist()
+        for k, reward in enumerate(group):
+            centred = reward - statistics.fmean(group)
+            advantage[start + k] = centred if args.advantage == "dr_grpo" else centred / (statistics.stdev(group) + 1e-6)
+    used = [(i, r) for i, r in enumerate(rollouts) if not (args.overlong == "mask" and r.finish == "length")]
     total = 0
-    for r in used:
+    for i, r in used:
         tokens = 0
         for t, (lp, lp_ref) in enumerate(zip(logps(model, r), logps(ref, r))):
-            lp_old = float(old[id(r)][t]) if old else float(lp.detach())
+            lp_old = float(old[i][t]) if old else float(lp.detach())
             ratio = (lp - lp_old).exp()
-            a = r.advantage
+            a = advantage[i]
             if a >= 0:      # min(ratio, 1 + high) * a
                 gain = a * (ratio if ratio < 1 + args.clip_high else 1 + args.clip_high)
             else:           # max(ratio, 1 - low) * a, but not below dual_clip * a
@@ -118,18 +127,15 @@ def plain_loss(path, ref_path, rollouts, old, args):
                 gain = gain * min(math.exp(lp_old - float(r.logp_engine[t])), args.tis_cap)
             d = lp_ref.detach() - lp
             tokens = tokens - gain + args.kl_coef * (d.exp() - d - 1)
-        denominator = {"token": sum(len(x.ids) for x in used), "sequence": len(used) * len(r.ids),
-                       "constant": len(used) * args.max_response_tokens}[args.normalize]
+        denominator = {"token": sum(len(x.ids) for _, x in used), "sequence": len(used) * len(r.ids)}[args.normalize]
         total = total + tokens / denominator
     total.backward()
     return float(total.detach()), {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--normalize", "sequence"], ["--normalize", "constant"], ["--advantage", "dr_grpo"], ["--advantage", "rloo"],
-    ["--kl-coef", "0.1"], ["--kl-coef", "0"], ["--tis-cap", "1.1"], ["--tis-cap", "0.5"], ["--overlong", "mask"],
-    ["--overlong", "mask", "--normalize", "sequence"], ["--skip-uniform-groups"],
-    ["--skip-uniform-groups", "--overlong", "mask", "--normalize", "constant"],
+    [], ["--normalize", "sequence"], ["--advantage", "dr_grpo"], ["--kl-coef", "0.1"], ["--kl-coef", "0"], ["--tis-cap", "1.1"],
+    ["--tis-cap", "0.5"], ["--overlong", "mask"], ["--overlong", "mask", "--normalize", "sequence"],
     ["--updates-per-batch", "2"], ["--updates-per-batch", "2", "--clip-low", "0.1", "--clip-high", "0.4", "--dual-clip", "1.5"],
     ["--updates-per-batch", "2", "--dual-clip", "0", "--tis-cap", "1.1", "--kl-coef", "0.1", "--temperature", "1.3"]])
 def test_loss_and_gradient_equal_a_plain_computation(tmp_path_factory, flags):
@@ -142,49 +148,33 @@ def test_loss_and_gradient_equal_a_plain_computation(tmp_path_factory, flags):
             p.add_(0.02 * torch.randn_like(p))
     model.save_pretrained(path)
     args = configure(*flags, "--token-budget", "40")
-    rollouts = fixed_rollouts(4, 4)
-    rlvr.give_advantages(rollouts, args)
-    rlvr.give_weights(rollouts, args, "cpu")
-    if args.kl_coef:
-        rlvr.reference_logprobs(load_model(ref_path), rollouts, args, "cpu")
-    dist, policy = common.Dist(), rlvr.Policy(model, args)
+    rollouts, rewards = fixed_rollouts(4, 4)
+    reference = load_model(ref_path) if args.kl_coef else None
+    policy, old_logps = TokenLogprobs(model, args.temperature), None
     if args.updates_per_batch > 1:       # ratios on both sides of every clip
-        rlvr.backward(policy, rollouts, args, dist)
-        for k, r in enumerate(rollouts):
-            r.logp_old = None if r.logp_new is None else r.logp_new + torch.linspace(-1, 1, len(r.ids)) * (-1) ** k
+        _, logps = gradient(policy, rollouts, rewards, args, reference)
+        old_logps = [None if logp is None else logp + torch.linspace(-1, 1, len(logp)) * (-1) ** k for k, logp in enumerate(logps)]
         model.zero_grad()
-    old = {id(r): r.logp_old for r in rollouts} if args.updates_per_batch > 1 else None
-    stats = rlvr.backward(policy, rollouts, args, dist)
-    loss, gradient = plain_loss(path, ref_path, rollouts, old, args)
-    assert len(rlvr.plan([r for r in rollouts if r.weight], args)) > 1, "the batch has to be split"
+    stats, _ = gradient(policy, rollouts, rewards, args, reference, old_logps)
+    loss, expected = plain_loss(path, ref_path, rollouts, rewards, old_logps, args)
+    assert len(rlvr.plan_rollouts(rollouts, args)) > 1, "the batch has to be split"
     assert stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    scale = max(float(g.abs().max()) for g in gradient.values())
+    scale = max(float(g.abs().max()) for g in expected.values())
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, gradient[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
     if "--dual-clip" in flags and args.dual_clip:
         assert stats["clip_low"] > 0 and stats["clip_high"] > 0 and stats["dual_clip"] > 0, "each clip has to be met"
-
-
-def test_overlong_zero_takes_the_reward_of_a_cut_response():
-    for overlong, expected in (("keep", [1.0, 1.0, 0.0]), ("zero", [0.0, 1.0, 0.0])):
-        rollouts = [rlvr.Rollout("p", g, [1], [2], finish, torch.zeros(1), f"<think></think>\\boxed{{{answer}}}")
-                    for g, (finish, answer) in enumerate((("length", 7), ("stop", 7), ("stop", 8)))]
-        rlvr.give_rewards(rollouts, {"p": "7"}, configure("--overlong", overlong))
-        assert [r.reward for r in rollouts] == expected and all(r.correct is not None for r in rollouts)
 
 
 def test_on_policy_ratio_is_one_and_an_old_policy_pass_changes_nothing(tiny_model_dir):
     args = configure("--kl-coef", "0")
     model, results = load_model(tiny_model_dir, trainable=True), []
+    rollouts, rewards = fixed_rollouts(3, 4)
     for explicit in (False, True):
-        rollouts = fixed_rollouts(3, 4)
-        rlvr.give_advantages(rollouts, args)
-        rlvr.give_weights(rollouts, args, "cpu")
-        if explicit:        # the pass that is not made: old log-probs under the same weights
-            for r in rollouts:
-                r.logp_old = token_logprobs(model, rlvr.lay_out([r], "cpu"), args.temperature)[0].detach()
+        # the pass that is not made: old log-probs under the same weights
+        old_logps = rlvr.score(model, rollouts, args, "cpu") if explicit else None
         model.zero_grad()
-        stats = rlvr.backward(rlvr.Policy(model, args), rollouts, args, common.Dist())
+        stats, _ = gradient(TokenLogprobs(model, args.temperature), rollouts, rewards, args, old_logps=old_logps)
         results.append((stats, torch.cat([p.grad.flatten() for p in model.parameters()])))
     (without, g0), (with_pass, g1) = results
     assert without["clip_low"] == without["clip_high"] == without["dual_clip"] == 0
@@ -194,12 +184,13 @@ def test_on_policy_ratio_is_one_and_an_old_policy_pass_changes_nothing(tiny_mode
 
 @pytest.mark.parametrize("budget, together", [(140, True), (20, False)])
 def test_rollouts_of_a_problem_share_a_pack_that_reads_their_prompt_once_where_they_are_short(budget, together):
-    rollouts = fixed_rollouts(8, 4)
-    packs = rlvr.plan(rollouts, configure("--token-budget", budget))
-    size = lambda members: sum(len(r.prompt_ids) + len(r.ids) for r in members)
-    assert sorted(id(r) for members in packs for r in members) == sorted(map(id, rollouts)) and len(packs) > 1
-    assert all(size(members) <= budget for members in packs)
-    shared = sum(size(members) - len(rlvr.lay_out(members, "cpu").input_ids) for members in packs)
+    rollouts, _ = fixed_rollouts(8, 4)
+    packs = rlvr.plan_rollouts(rollouts, configure("--token-budget", budget))
+    size = lambda places: sum(len(rollouts[i].prompt_ids) + len(rollouts[i].ids) for i in places)
+    assert sorted(i for places in packs for i in places) == list(range(32)) and len(packs) > 1
+    assert all(size(places) <= budget for places in packs)
+    laid = [rlvr.pack_rollouts([rollouts[i] for i in places], "cpu") for places in packs]
+    shared = sum(size(places) - len(pack.input_ids) for places, pack in zip(packs, laid))
     once = sum(3 * len(rollouts[i].prompt_ids) for i in range(0, len(rollouts), 4))
     assert shared == once if together else 0 < shared < once
 
@@ -207,17 +198,17 @@ def test_rollouts_of_a_problem_share_a_pack_that_reads_their_prompt_once_where_t
 # ------------------------------------------------------------------------------------------------------------ 1 prompts
 
 def test_prompts_of_a_step_are_a_function_of_seed_and_step():
-    first = [rlvr.prompts_of_step(10, 3, 42, step) for step in range(1, 7)]
-    assert first == [rlvr.prompts_of_step(10, 3, 42, step) for step in range(1, 7)]
+    first = [common.rows_of_step(10, 3, step, 42).tolist() for step in range(1, 7)]
+    assert first == [common.rows_of_step(10, 3, step, 42).tolist() for step in range(1, 7)]
     for epoch in (first[:3], first[3:]):
         used = [i for batch in epoch for i in batch]
         assert len(used) == len(set(used)) == 9, "whole batches, every problem at most once in an epoch"
-    assert first[:3] != first[3:] and first != [rlvr.prompts_of_step(10, 3, 43, step) for step in range(1, 7)]
+    assert first[:3] != first[3:] and first != [common.rows_of_step(10, 3, step, 43).tolist() for step in range(1, 7)]
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks
 
-CASES = [(["--kl-coef", "0.1"], False, None), (["--skip-uniform-groups"], True, None), (["--shard"], True, None),
+CASES = [(["--kl-coef", "0.1"], False, None), (["--overlong", "mask"], True, None), (["--shard"], True, None),
          ([], False, "no_sync"), ([], False, "denominators")]
 
 
@@ -225,23 +216,23 @@ def gradient_of(case, model, reference, dist):
     """The fixed rollouts through advantages, weights, reference and backward on this rank: (statistics, whole gradient)."""
     flags, lopsided, fault = case
     args = configure(*flags, "--token-budget", "40" if dist.world > 1 else "99999")
-    policy = distribute(rlvr.Policy(load_model(model, trainable=True), args), dist, args.shard)
-    groups = rlvr.groups_of(fixed_rollouts(4, 4), args)
-    mine = groups[dist.rank::dist.world]
-    if lopsided and dist.world > 1:                   # rank 0 has three groups, rank 1 only the uniform one
-        mine = [groups[k] for k in ([0, 2, 3], [1])[dist.rank]]
-    mine = [r for group in mine for r in group]
-    rlvr.give_advantages(mine, args)
+    policy = distribute(TokenLogprobs(load_model(model, trainable=True), args.temperature), dist, args.shard)
+    rollouts, rewards = fixed_rollouts(4, 4, cut_group=1 if lopsided else None)
+    groups = list(range(4))[dist.rank::dist.world]
+    if lopsided and dist.world > 1:                   # rank 0 has three groups, rank 1 only one, all of it out of the loss
+        groups = ([0, 2, 3], [1])[dist.rank]
+    mine = [4 * group + g for group in groups for g in range(4)]
+    rollouts, rewards = [rollouts[i] for i in mine], rewards[mine]
+    advantages = rlvr.group_advantages(rewards, args.rollouts, args.advantage)
     with pytest.MonkeyPatch.context() as patch:
         if fault == "denominators":                   # each rank divides by its own counts
             patch.setattr(common, "all_reduce_sum", lambda x: x)
-        rlvr.give_weights(mine, args, dist.device)
-    rlvr.reference_logprobs(load_model(reference), mine, args, dist.device)
+        weights = rlvr.token_weights(rollouts, args, dist.device)
+    ref_logps = rlvr.score(load_model(reference), rollouts, args, dist.device)
     with pytest.MonkeyPatch.context() as patch:
         if fault == "no_sync":                        # gradients are never exchanged
-            exchange = gradient_sync
-            patch.setattr(rlvr, "gradient_sync", lambda module, last: exchange(module, False))
-        stats = rlvr.backward(policy, mine, args, dist)
+            patch.setattr(rlvr, "gradient_sync", lambda module, last: gradient_sync(module, False))
+        stats, _ = rlvr.accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, None, args, dist)
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g
     return stats, torch.cat([whole(p.grad).flatten() for p in policy.parameters()])
 
@@ -336,35 +327,35 @@ def test_leaving_out_the_weight_sync_stops_the_run(tmp_path, tiny_model_dir, pro
     assert stop.value.code == 2 and "after the weight sync" in capsys.readouterr().err
 
 
-def test_rollouts_from_other_weights_never_reach_an_update(tiny_model_dir, tmp_path, capsys):
-    args = configure("--kl-coef", "0", out=tmp_path)
-    model = load_model(tiny_model_dir, trainable=True)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rollouts = fixed_rollouts(4, 4)                       # their engine log-probs are made up
-    rlvr.give_advantages(rollouts, args)
-    rlvr.give_weights(rollouts, args, "cpu")
+def test_rollouts_from_other_weights_never_reach_an_update(tiny_model_dir, problems, tmp_path, monkeypatch, capsys):
+    """Log-probs that are not those of the trainer's weights: the run ends before its first update, and leaves no checkpoint."""
+    sample = rlvr.sample_rollouts
+
+    def from_other_weights(*args, **options):
+        rollouts = sample(*args, **options)
+        for r in rollouts:
+            r.logp_engine = r.logp_engine + 0.01
+        return rollouts
+
+    monkeypatch.setattr(rlvr, "sample_rollouts", from_other_weights)
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1))
     with pytest.raises(SystemExit) as stop:
-        rlvr.update(rlvr.Policy(model, args), torch.optim.AdamW(model.parameters()), rollouts, 1, args, common.Dist(),
-                    rlvr.Interrupts())
-    assert stop.value.code == 2 and "--max-logp-gap" in capsys.readouterr().err
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        run(tiny_model_dir, problems, tmp_path / "out", "--max-steps", "2")
+    assert stop.value.code == 2 and "on its rollouts: mean |log p(trainer)" in capsys.readouterr().err and not steps
+    assert latest_checkpoint(tmp_path / "out") is None and not (tmp_path / "out/final").exists()
 
 
-def test_a_loss_that_is_not_finite_names_the_batch_and_changes_nothing(tiny_model_dir, tmp_path, capsys):
-    args = configure("--kl-coef", "0", "--max-logp-gap", "100", out=tmp_path)
-    model = load_model(tiny_model_dir, trainable=True)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rollouts = fixed_rollouts(4, 4)
-    rlvr.give_advantages(rollouts, args)
-    rollouts[5].advantage = math.nan
-    rlvr.give_weights(rollouts, args, "cpu")
+def test_a_loss_that_is_not_finite_names_the_batch_and_changes_nothing(tiny_model_dir, problems, tmp_path, monkeypatch, capsys):
+    advantages = rlvr.group_advantages
+    monkeypatch.setattr(rlvr, "group_advantages", lambda *args: advantages(*args).index_fill(0, torch.tensor([5]), math.nan))
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1))
     with pytest.raises(SystemExit) as stop:
-        rlvr.update(rlvr.Policy(model, args), torch.optim.AdamW(model.parameters()), rollouts, 7, args, common.Dist(),
-                    rlvr.Interrupts())
-    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
-    listed = json.loads((tmp_path / "bad_batch.rank-0.json").read_text())
-    assert listed["step"] == 7 and [x[:2] for x in listed["rollouts"]] == [[r.pid, r.g] for r in rollouts]
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        run(tiny_model_dir, problems, tmp_path / "out", "--max-steps", "2")
+    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err and not steps
+    listed = json.loads((tmp_path / "out/bad_batch.rank0.json").read_text())
+    assert listed["step"] == 1 and len(listed["batch"]) == 16 and len({tuple(x[:2]) for x in listed["batch"]}) == 16
 
 
 # ---------------------------------------------------------------------------------------- models and problems gone wrong
@@ -389,7 +380,7 @@ def stuck_model(path, token):
 @pytest.mark.parametrize("token, tokens, cut, status", [
     ("a", 12, 1.0, "no_think_end"), ("<|im_end|>", 1, 0.0, "no_think_end"), ("<|endoftext|>", 1, 0.0, "no_think_end"),
     (" ", 12, 1.0, "no_think_end")])
-@pytest.mark.parametrize("flags", [[], ["--overlong", "mask"], ["--skip-uniform-groups"]])
+@pytest.mark.parametrize("flags", [[], ["--overlong", "mask"]])
 def test_degenerate_models_are_survived_and_counted(tmp_path, problems, token, tokens, cut, status, flags):
     rows = run(stuck_model(tmp_path / "model", token), problems, tmp_path / "out", "--max-steps", "2", *flags)
     assert len(rows) == 2
@@ -407,19 +398,21 @@ def test_a_verifier_worker_killed_in_mid_step_costs_at_most_its_own_item():
     texts = [f"<think>x</think>\\boxed{{\\sqrt{{{k + 2}}} + \\frac{{{k}}}{{7}} + \\sin(1)}}" for k in range(600)]
     answers = {f"p{k}": f"\\sin(1) + \\frac{{{2 * k}}}{{14}} + \\sqrt{{{k + 2 + k % 2}}}" for k in range(600)}
     rollouts = [rlvr.Rollout(f"p{k}", 0, [1], [2], "stop", torch.zeros(1), text) for k, text in enumerate(texts)]
-    rlvr.give_rewards(rollouts[:1], answers, configure())                  # a worker is up and waits
+    rlvr.grade(rollouts[:1], answers, configure())                         # a worker is up and waits
     process = verifier.POOL.idle[-1]                                       # the one that is handed out first
     process.send_signal(signal.SIGSTOP)                                    # so that it is surely caught at work
-    thread = threading.Thread(target=rlvr.give_rewards, args=(rollouts, answers, configure()))
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.extend(rlvr.grade(rollouts, answers, configure())))
     thread.start()
     while process in verifier.POOL.idle and thread.is_alive():
         time.sleep(0.001)
     process.kill()
     thread.join(timeout=120)
     assert not thread.is_alive() and process not in verifier.POOL.idle, "the killed worker was at work"
-    unknown = [r for r in rollouts if r.correct is None]
-    assert len(unknown) <= 1 and all(r.status for r in rollouts) and all(r.reward == 0 for r in unknown)
-    assert all(r.reward == (k % 2 == 0) for k, r in enumerate(rollouts) if r.correct is not None)
+    rewards = rlvr.rewards_of(verdicts).tolist()
+    unknown = [k for k, verdict in enumerate(verdicts) if verdict.correct is None]
+    assert len(unknown) <= 1 and all(verdict.status for verdict in verdicts) and all(rewards[k] == 0 for k in unknown)
+    assert all(rewards[k] == (k % 2 == 0) for k in range(600) if k not in unknown)
 
 
 def test_responses_of_one_token(tmp_path, tiny_model_dir, problems):
@@ -443,7 +436,7 @@ def test_a_gold_that_cannot_be_parsed_is_dropped_before_the_run(tmp_path, tiny_m
     (["--max-prompt-tokens", "3"], "0 usable problems"), (["--temperature", "0"], "--temperature must be above 0"),
     (["--eval-every", "1"], "--eval-problems"), (["--rollouts", "0"], "--rollouts must be at least 1"),
     (["--max-steps", "-1"], "--max-steps must be at least 0, got -1"), (["--dual-clip", "0.5"], "--dual-clip must be above 1"),
-    (["--kl-coef", "nan"], "--kl-coef must be at least 0, got nan"),
+    (["--kl-coef", "nan"], "--kl-coef must be"),
     (["--problems", "nowhere.jsonl"], "nowhere.jsonl does not exist")])
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
@@ -482,7 +475,7 @@ def two_minded(tmp_path_factory):
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeypatch, shuffled):
     if shuffled:     # as many rewards as before, but not for the rollouts that earned them
-        monkeypatch.setattr(rlvr, "give_rewards", rlvr_learns.shuffled(rlvr.give_rewards))
+        monkeypatch.setattr(rlvr, "rewards_of", rlvr_learns.shuffled(rlvr.rewards_of))
     model, problems = two_minded
     rows = run(model, problems, tmp_path / "out", "--prompts-per-step", "8", "--rollouts", "8", "--max-response-tokens", "30",
                "--lr", "1e-3", "--max-steps", "10", "--temperature", "1", "--eval-every", "10", "--eval-problems", str(problems))
