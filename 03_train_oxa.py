@@ -109,7 +109,7 @@ def tokenize(args, tokenizer, max_positions: int) -> None:
         die(f"{args.data}: no sequence is shorter than --max-tokens {args.max_tokens}")
     if max(lengths) > min(args.token_budget, max_positions):
         die(f"the longest sequence has {max(lengths)} tokens; --token-budget is {args.token_budget} and the model has "
-            f"{max_positions} positions: raise them (01_sample.py prepare-base) or lower --max-tokens")
+            f"{max_positions} positions: raise them (python -m tools.prepare_base) or lower --max-tokens")
     np.savez(out / "tokens.npz", data_hash=data_hash, borders=np.concatenate([[0], np.cumsum(lengths)]),
              starts=starts, is_ul=is_ul, sids=sids)
 

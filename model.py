@@ -251,7 +251,7 @@ def check_positions(config, needed: int, what: str):
     """`what` needs `needed` positions: refuse a model that has fewer (silent RoPE overruns ruin long chains of thought)."""
     if needed > config.max_position_embeddings:
         die(f"{what} needs {needed} positions, the model has max_position_embeddings = {config.max_position_embeddings}; "
-            "prepare the base first (01_sample.py prepare-base) or lower the limit")
+            "prepare the base first (python -m tools.prepare_base) or lower the limit")
 
 
 class OutputLayer(torch.autograd.Function):
