@@ -159,7 +159,7 @@ def tokenize(args, tokenizer, max_positions: int):
     if max(lengths) > min(args.token_budget, max_positions):
         die(f"the longest sequence has {max(lengths)} tokens; --token-budget is "
             f"{args.token_budget} and the model has {max_positions} positions: raise them "
-            "(tools/prepare_base.py) or lower --max-tokens")
+            "(python -m tools.prepare_base) or lower --max-tokens")
 
     borders = np.concatenate([[0], np.cumsum(lengths)])
     with open(out / "tokens.npz.tmp", "wb") as file:

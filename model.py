@@ -490,7 +490,7 @@ def check_positions(config, needed: int, what: str):
     thought."""
     if needed > config.max_position_embeddings:
         die(f"{what} needs {needed} positions, the model has max_position_embeddings = "
-            f"{config.max_position_embeddings}; prepare the base first (tools/prepare_base.py) "
+            f"{config.max_position_embeddings}; prepare the base first (python -m tools.prepare_base) "
             "or lower the limit")
 
 

@@ -128,7 +128,7 @@ for ((i = 0; i < seeds; i++)); do
     step "$s/teacher" python 01_sample.py teacher --recipe "$recipe" --source "$data/teacher_source.jsonl" --model "$base" --name teacher --out "$data/teacher.jsonl" --problems "$data/problems.jsonl" --answers join
   else
     base="$run/base"
-    step prepare-base python 01_sample.py prepare-base --recipe "$recipe" --model "$base_model" --out "$base"
+    step prepare-base python -m tools.prepare_base --recipe "$recipe" --model "$base_model" --out "$base"
     for b in "${benchmarks[@]}"; do
       source_of="source_$b"
       step "problems-$b" python 01_sample.py problems --source "${!source_of}" --out "$data/$b.jsonl"

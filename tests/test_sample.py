@@ -1,4 +1,4 @@
-"""01_sample.py and sources.py: every declared source, every wrong shape, resume, contamination, base preparation."""
+"""01_sample.py and tools/prepare_base.py: every declared source and format, wrong shapes, the instruction, resume, overlap."""
 
 import importlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT, make_model
 
 import common
 from model import encode_response, INSTRUCTION, load_tokenizer, render_prompt, stop_ids
-import sources
+from tools import prepare_base
 
 sample = importlib.import_module("01_sample")
 PYTHON = [sys.executable]
@@ -33,15 +34,17 @@ def run(*args, ok=True, torchrun=0):
     return done.stdout + done.stderr
 
 
-def inside(capsys, *args, ok=True):
+def inside(capsys, *args, ok=True, main=sample.main):
     """As `run`, within this process (torch is imported once)."""
+    capsys.readouterr()
     if ok:
-        sample.main([str(a) for a in args])
+        main([str(a) for a in args])
     else:
         with pytest.raises(SystemExit) as stop:
-            sample.main([str(a) for a in args])
+            main([str(a) for a in args])
         assert stop.value.code == 2
     printed = capsys.readouterr()
+    assert ok or printed.err.strip().count("\n") == 0, printed.err                   # one sentence
     return printed.out + printed.err
 
 
@@ -56,14 +59,20 @@ def rows_of(path):
 
 def rows_like(name, n=3):
     """Rows with exactly the columns of a declared source."""
-    source = sources.SOURCES[name]
+    source = sample.SOURCES[name]
     out = []
     for i in range(n):
         row = {column: f"{column} {i}" for column in source.unused}
         row[source.problem] = f"What is {i} + 1?"
-        if source.answer:
+        if source.problem == "prompt":
+            row["prompt"] = [{"content": f"What is {i} + 1?", "role": "user"}]
+        if source.answer == "reward_model.ground_truth":
+            row["reward_model"] = {"ground_truth": str(i + 1), "style": "rule"}
+        elif source.solution_mark:
+            row[source.answer] = f"{i} and 1 are {i}+1=<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"
+        elif source.answer:
             row[source.answer] = str(i + 1)
-        if source.response:
+        if source.response and not source.solution_mark:
             texts = [f"<think>\n{i}+1</think>\\boxed{{{i + 1}}}", f"adding</think> \\boxed{{{i + 1}}}"]
             row[source.response] = texts if name.startswith("oxa") else texts[0]
         if source.where:
@@ -92,13 +101,15 @@ def save_as(kind, rows, path):
 
 # -------------------------------------------------------------------------------------------------------------- sources
 
-PROBLEM_SETS = [n for n, s in sources.SOURCES.items() if s.response is None]
-TRACES = [n for n, s in sources.SOURCES.items() if s.response is not None]
+PROBLEM_SETS = [n for n, s in sample.SOURCES.items() if s.response is None or s.solution_mark]
+TRACES = [n for n, s in sample.SOURCES.items() if s.response is not None]
 
 
 def test_declared_sources_are_told_apart_by_their_columns():
-    shapes = [frozenset([*sources.used_columns(s), *s.unused]) for s in sources.SOURCES.values()]
+    shapes = [(frozenset(sample.all_columns(s)), s.solution_mark) for s in sample.SOURCES.values()]
     assert len(set(shapes)) == len(shapes)
+    for name in sample.SOURCES:
+        assert sample.declared_name(Namespace(format=None, source="file"), rows_like(name)[0]) == name
 
 
 @pytest.mark.parametrize("name", PROBLEM_SETS)
@@ -110,13 +121,13 @@ def test_problem_set_is_recognised_and_wrong_shapes_are_refused(name, tmp_path, 
     assert [(r["problem"], r["answer"], r["source"]) for r in made] == [
         (f"What is {i} + 1?", str(i + 1), "good") for i in range(3)]
     if name != "problems":
-        assert made[0]["pid"] == sources.problem_id("What is 0 + 1?") and len({r["pid"] for r in made}) == 3
+        assert made[0]["pid"] == sample.problem_id("What is 0 + 1?") and len({r["pid"] for r in made}) == 3
     assert common.read_meta(tmp_path / "p.jsonl")["rows"] == 3
 
-    lost = sources.SOURCES[name].answer
+    lost = sample.column_of(sample.SOURCES[name].answer)
     bad = write(tmp_path / "lost.jsonl", [{k: v for k, v in r.items() if k != lost} for r in rows])
     said = inside(capsys, "problems", "--source", bad, "--format", name, "--out", tmp_path / "x.jsonl", ok=False)
-    assert f"lacks ['{lost}']" in said and sources.SOURCES[name].problem in said
+    assert f"lacks ['{lost}']" in said and sample.SOURCES[name].problem in said
     bad = write(tmp_path / "more.jsonl", [{**r, "surprise": 1} for r in rows])
     said = inside(capsys, "problems", "--source", bad, "--format", name, "--out", tmp_path / "x.jsonl", ok=False)
     assert "should not have ['surprise']" in said and "--columns" in said
@@ -127,12 +138,12 @@ def test_problem_set_is_recognised_and_wrong_shapes_are_refused(name, tmp_path, 
 @pytest.mark.parametrize("name", TRACES)
 def test_teacher_traces_and_their_wrong_shapes(name, tmp_path, tiny_model_dir, tiny_tokenizer, capsys):
     rows = rows_like(name)
-    source = sources.SOURCES[name]
+    source = sample.SOURCES[name]
     good = write(tmp_path / "t.jsonl", rows)
     out, problems = tmp_path / "teacher.jsonl", tmp_path / "problems.jsonl"
     answers = ["--answers", "column"]
     if source.answer is None:
-        known = write(tmp_path / "known.jsonl", [{"pid": sources.problem_id(r[source.problem]),
+        known = write(tmp_path / "known.jsonl", [{"pid": sample.problem_id(r[source.problem]),
                                                   "problem": r[source.problem],
                                                   "answer": str(i + 1), "source": "x"} for i, r in enumerate(rows)])
         answers = ["--answers", "join", "--problems", known]
@@ -166,6 +177,7 @@ def test_sources_that_cannot_be_opened(tmp_path, capsys):
     out = ["--out", tmp_path / "x.jsonl"]
     said = inside(capsys, "problems", "--source", tmp_path / "nothing.jsonl", *out, ok=False)
     assert "no such file" in said
+    assert "no such file" in inside(capsys, "problems", "--source", "data/nothing.parquet", *out, ok=False)
     assert "cannot be opened" in inside(capsys, "problems", "--source", "nobody/nothing-here", *out, ok=False)
     (tmp_path / "empty").mkdir()
     assert "neither" in inside(capsys, "problems", "--source", tmp_path / "empty", *out, ok=False)
@@ -177,11 +189,11 @@ def test_rows_that_change_shape_half_way(tmp_path, capsys):
     rows = rows_like("minerva")
     del rows[2]["answer"]
     path = write(tmp_path / "m.jsonl", rows)
-    assert "row 3: no column answer" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl",
+    assert "m.jsonl:3: no column answer" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl",
                                                ok=False)
     rows[2] = {"question": ["not text"], "answer": "1"}
     path = write(tmp_path / "m.jsonl", rows)
-    assert "row 3" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
+    assert "m.jsonl:3: question is a list" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
 
 
 def test_named_columns_only_acereason_maths_and_boxed_answers(tmp_path, tiny_model_dir, capsys):
@@ -196,7 +208,6 @@ def test_named_columns_only_acereason_maths_and_boxed_answers(tmp_path, tiny_mod
     rows[1]["category"] = "code"
     rows[2]["output"] = "<think>no answer"
     path = write(tmp_path / "ace.jsonl", rows)
-    pytest.importorskip("verifier")
     said = inside(capsys, "teacher", "--source", path, "--answers", "boxed", "--model", tiny_model_dir,
                   "--out", tmp_path / "t.jsonl", "--problems-out", tmp_path / "tp.jsonl")
     assert [r["answer"] for r in rows_of(tmp_path / "tp.jsonl")] == ["1", "4"] and "1 rows without an answer" in said
@@ -207,7 +218,7 @@ def test_duplicates_limit_and_recipe(tmp_path, capsys):
             [("What  is 1?", "1"), ("What is 1?\n", "1"), ("What is 1?", "one"), ("b", "2"), ("c", "3"), ("d", "4")]]
     path = write(tmp_path / "m.jsonl", rows)
     said = inside(capsys, "problems", "--source", path, "--out", tmp_path / "p.jsonl")
-    assert "2 duplicates, 1 duplicates with another answer" in said and len(rows_of(tmp_path / "p.jsonl")) == 4
+    assert "2 duplicates (dropped), 1 duplicates with another answer" in said and len(rows_of(tmp_path / "p.jsonl")) == 4
     chosen = []
     for seed in (1, 1, 2, 3, 4):
         inside(capsys, "problems", "--source", path, "--limit", 2, "--seed", seed, "--out", tmp_path / "l.jsonl")
@@ -247,22 +258,21 @@ def test_contamination_drops_overlap_but_not_boilerplate(tmp_path, tiny_model_di
         ("boiler", f"Another question {INTEGERS}"),
         ("clean", "What is the capital of France")]
     problems = write(tmp_path / "p.jsonl", [{"pid": i, "problem": t, "answer": "1", "source": "s"} for i, t in train])
-    said = inside(capsys, "contamination", "--problems", problems, "--benchmarks", bench, "--out",
-                  tmp_path / "clean.jsonl")
+    args = ["problems", "--source", problems, "--benchmarks", bench]
+    said = inside(capsys, *args, "--out", tmp_path / "clean.jsonl")
     assert [r["pid"] for r in rows_of(tmp_path / "clean.jsonl")] == ["twelve", "inside", "boiler", "clean"]
     report = json.loads((tmp_path / "clean.contamination.json").read_text())
     assert [(d["pid"], d["bench_pid"]) for d in report["dropped"]] == [("thirteen", "b0"), ("short", "b1")]
     assert report["benchmarks"] == {"bench": {"n_problems": 5, "n_found_in_training": 2, "n_training_dropped": 2}}
     assert set(report["boilerplate"].values()) == {3} and "2 training problems dropped" in said
-    inside(capsys, "contamination", "--problems", problems, "--benchmarks", bench, "--boilerplate", 0, "--out",
-           tmp_path / "strict.jsonl")
+    inside(capsys, *args, "--boilerplate", 0, "--out", tmp_path / "strict.jsonl")
     assert [r["pid"] for r in rows_of(tmp_path / "strict.jsonl")] == ["twelve", "inside", "clean"]
 
     traces = write(tmp_path / "t.jsonl", [{"query": t, "answer": "1",
                                            "DeepSeek-R1_Response_List": ["<think>x</think>1"]} for _, t in train])
     inside(capsys, "teacher", "--source", traces, "--benchmarks", bench, "--model", tiny_model_dir,
            "--out", tmp_path / "o.jsonl", "--problems-out", tmp_path / "op.jsonl")
-    kept = {sources.problem_id(t) for i, t in train if i not in ("thirteen", "short")}
+    kept = {sample.problem_id(t) for i, t in train if i not in ("thirteen", "short")}
     assert {r["pid"] for r in rows_of(tmp_path / "o.jsonl")} == kept
     assert {r["pid"] for r in rows_of(tmp_path / "op.jsonl")} == kept
 
@@ -341,7 +351,7 @@ def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
     args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--engine", "hf", "--out",
             tmp_path / "o.jsonl"]
     said = inside(capsys, *args, "--max-tokens", 4000, ok=False)
-    assert "max_position_embeddings = 2048" in said and "prepare-base" in said
+    assert "max_position_embeddings = 2048" in said and "prepare_base" in said
     assert "every prompt is longer" in inside(capsys, *args, "--max-prompt-tokens", 3, "--max-tokens", 4, ok=False)
     bad = write(tmp_path / "bad.jsonl", [{"pid": "p"}])
     said = inside(capsys, "model", "--model", tiny_model_dir, "--problems", bad, "--max-tokens", 4, "--engine", "hf",
@@ -351,6 +361,10 @@ def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
 
 
 # ----------------------------------------------------------------------------------------------- base model preparation
+
+
+def prepare(capsys, *args, ok=True):
+    return inside(capsys, *args, ok=ok, main=prepare_base.main)
 
 
 @pytest.fixture
@@ -373,8 +387,8 @@ def test_prepare_base(old_base, tmp_path, capsys):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     out = tmp_path / "prepared"
-    args = ["prepare-base", "--model", old_base, "--out", out]
-    inside(capsys, *args)
+    args = ["--model", old_base, "--out", out]
+    prepare(capsys, *args)
     config = AutoConfig.from_pretrained(out)
     assert config.rope_parameters["rope_theta"] == 1e6 and config.max_position_embeddings == 40000
     assert AutoConfig.from_pretrained(old_base).rope_parameters["rope_theta"] == 1e4
@@ -390,12 +404,12 @@ def test_prepare_base(old_base, tmp_path, capsys):
         old, new = (AutoModelForCausalLM.from_pretrained(d)(ids).logits for d in (old_base, out))
     assert (old[0, 0] - new[0, 0]).abs().max() < 1e-5 < 1e-3 < (old[0, -1] - new[0, -1]).abs().max()
     before = {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
-    assert "already prepared" in inside(capsys, *args)
+    assert "already prepared" in prepare(capsys, *args)
     assert before == {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
-    assert "is not" in inside(capsys, *args, "--positions", 50000, ok=False)
+    assert "is not" in prepare(capsys, *args, "--positions", 50000, ok=False)
     # preparing what is prepared changes nothing, however often
-    inside(capsys, "prepare-base", "--model", out, "--out", tmp_path / "twice")
-    assert "already prepared" in inside(capsys, "prepare-base", "--model", out, "--out", tmp_path / "twice")
+    prepare(capsys, "--model", out, "--out", tmp_path / "twice")
+    assert "already prepared" in prepare(capsys, "--model", out, "--out", tmp_path / "twice")
     assert (tmp_path / "twice" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
 
@@ -405,7 +419,7 @@ def test_prepare_base(old_base, tmp_path, capsys):
 def test_prepare_base_refuses_what_does_not_belong_together(old_base, tmp_path, capsys, change, said):
     config = json.loads((old_base / "config.json").read_text())
     (old_base / "config.json").write_text(json.dumps({**config, **change}))
-    assert said in inside(capsys, "prepare-base", "--model", old_base, "--out", tmp_path / "o", ok=False)
+    assert said in prepare(capsys, "--model", old_base, "--out", tmp_path / "o", ok=False)
     assert not (tmp_path / "o").exists()
 
 
@@ -413,7 +427,7 @@ def test_prepare_base_refuses_a_missing_output_layer_and_a_small_embedding(tmp_p
     tied = Path(make_model(tmp_path / "tied", tie=True))
     config = json.loads((tied / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    assert "no lm_head.weight" in inside(capsys, "prepare-base", "--model", tied, "--out", tmp_path / "o", ok=False)
+    assert "no lm_head.weight" in prepare(capsys, "--model", tied, "--out", tmp_path / "o", ok=False)
     small = make_model(tmp_path / "small", vocab_size=100, eos_token_id=1)
-    assert "the tokenizer has 259 tokens" in inside(capsys, "prepare-base", "--model", small, "--out", tmp_path / "o",
+    assert "the tokenizer has 259 tokens" in prepare(capsys, "--model", small, "--out", tmp_path / "o",
                                                     ok=False)

@@ -37,7 +37,6 @@ DEFAULTS = {
     "prepare-base": {},
     "problems": {"limit": 0},
     "teacher": {"limit": 0},
-    "contamination": {},
     "sample": {"n": 8, "limit": 0, "max_tokens": 25000, "max_prompt_tokens": 1536, "gpu_memory": 0.9},
     "verify": {},
     "score": {"only": "all", "token_budget": 32768},
@@ -55,7 +54,8 @@ ASSUMED = {"card": "H100 SXM", "card_gb": 80, "peak_tflops": 989, "bandwidth_tbs
            "teacher_queries": 100000, "teacher_traces": 300000, "teacher_tokens": 11000, "self_tokens": 7000,
            "wrong_share": 0.4, "rlvr_problems": 10000, "rlvr_tokens": 11000, "eval_tokens": 12000}
 PROBLEMS = {"aime24": 30, "aime25": 30, "brumo25": 30, "cmimc25": 40, "hmmt25": 30, "minerva": 272, "math500": 500}
-SECTION = {"03_train_oxa.py": "train", "04_rlvr.py": "rlvr", "05_eval.py": "eval", "model": "sample"}
+SECTION = {"tools.prepare_base": "prepare-base", "03_train_oxa.py": "train", "04_rlvr.py": "rlvr", "05_eval.py": "eval",
+           "model": "sample"}
 
 
 def die(message):
@@ -333,9 +333,9 @@ class Planner:
 
 def read_command(words, planner):
     """Words of a command line -> (section, settings), or (None, {}) for what is no stage."""
-    script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    script = next((i for i, word in enumerate(words) if word.endswith(".py") or word in SECTION), None)
     name = Path(words[script]).name if script is not None else ""
-    if name[:2] not in ("01", "02", "03", "04", "05"):
+    if name[:2] not in ("01", "02", "03", "04", "05") and name not in SECTION:
         return None, {}
     section, rest = SECTION.get(name), words[script + 1:]
     if section is None:
