@@ -385,7 +385,7 @@ def panels(n, n_cols=4, height=2.9):
     return figure, list(axes.flat[:n])
 
 
-def save(figure, path, caption) -> str:
+def add_legend(figure):
     """The legend of all panels stands once, below them."""
     handles = {}
     for ax in figure.axes:
@@ -394,6 +394,10 @@ def save(figure, path, caption) -> str:
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4,
                       frameon=False)
+
+
+def save(figure, path, caption) -> str:
+    add_legend(figure)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return image(path.name, caption)
@@ -418,8 +422,9 @@ def figure_claims(run, claims, out) -> str:
     for ax, title in zip(axes, ("Pass@k", "policy entropy (nats)")):
         ax.axvline(0, color="black", linewidth=0.9)
         ax.invert_yaxis()
-        ax.set_title(f"difference of {title}, 95 % interval", fontsize=9)
-    return save(figure, out / "claims.png", "Effects, against `sft` and against the controls.")
+        ax.set_title(f"difference of {title}", fontsize=9)
+    return save(figure, out / "claims.png", "Effects with 95 % intervals, against "
+                "`sft` and against the controls.")
 
 
 def figure_perplexity(run, out) -> str:
@@ -440,7 +445,7 @@ def draw_perplexity(meta, seed, out) -> str:
     axes[0].bar(low, [b["available"] for b in bins], width, align="edge", color="#b8b8b8",
                 label="verified teacher responses")
     axes[1].bar(low, [b["actual"] for b in bins], width, align="edge", color=STYLES["oxa_mle"][0],
-                label="picked for `oxa_mle` and `oxa_full`")
+                label="picked for oxa_mle and oxa_full")
     axes[1].step(low, [b["target"] for b in bins], where="post", color="black",
                  label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {meta['args']['sigma']}")
     axes[1].sharex(axes[0])
@@ -465,6 +470,7 @@ def figure_pass_at_k(run, out) -> str:
                 ax.fill_between(k, curve["low"], curve["high"], color=style(arm)["color"],
                                 alpha=0.12)
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
         ax.set_ylim(-0.02, 1.02)
         ax.set_title(f"{b}, {when} RLVR", fontsize=9)
         ax.set_xlabel("k (samples a problem)")
@@ -537,9 +543,9 @@ def first_paragraph(run, claims) -> str:
     return text
 
 
-def explanation(run, out) -> list[str]:
+def explanation(folder, out) -> list[str]:
     """The sections of RUN_DIR/explain.json; their figures are copied beside the report's own."""
-    path = run.path / "explain.json"
+    path = folder / "explain.json"
     if not path.exists():
         return []
     parts = ["## Why"]
@@ -551,7 +557,7 @@ def explanation(run, out) -> list[str]:
                 rows.append([f"{x:.3f}" if isinstance(x, float) else x for x in row])
             parts.append(table(section["columns"], rows))
         for figure in section.get("figures", []):
-            source = run.path / figure["file"]
+            source = folder / figure["file"]
             if not source.exists():
                 common.die(f"{path} names the figure {figure['file']}, which is not there")
             shutil.copy(source, out / source.name)
@@ -581,7 +587,7 @@ def compose(run, claims, other, summary, facts, out) -> list[str]:
     for b in run.benchmarks:
         parts += [f"### {b} ({n_problems(run, b)} problems)", arms_table(run, summary, b)]
     parts += ["## Pass@k", figure_pass_at_k(run, figures)]
-    parts += explanation(run, figures)
+    parts += explanation(run.path, figures)
     parts += ["## Training", figure_perplexity(run, figures),
               figure_curves(run, "sft", figures), figure_curves(run, "rlvr", figures)]
     lines = [f"- {name}: {text}" for name, text in facts.items()]
