@@ -5,38 +5,47 @@
     select   the examples that one arm trains on                    scored   -> training set
     show     a readable look at rows of any of these files
 
-Perplexity is exp(mean NLL of the response's tokens) under the base model, over the response text alone: no prompt, no
-chat markup, no BOS. The first token has no prediction, so tokens 2..L count, right-truncated at 32,768. Low perplexity
-is high confidence. The arms, all drawn from verified correct teacher responses, at most `--cap` per query:
+Perplexity is exp(mean NLL of the response's tokens) under the base model, over the response text
+alone: no prompt, no chat markup, no BOS. The first token has no prediction, so tokens 2..L count,
+right-truncated at 32,768. Low perplexity is high confidence. The arms, all drawn from verified
+correct teacher responses, at most `--cap` per query:
 
     sft             uniform at random
     sft_lp          the lowest perplexities
-    oxa_mle         Gaussian-guided: a target count for each perplexity bin, and the longest responses of a bin first
-    oxa_full        as oxa_mle, and for unlikelihood the wrong self-samples that the base finds most likely
-    length_matched  control, ours and not the paper's: random, with the length distribution of oxa_mle's picks
+    oxa_mle         Gaussian-guided (`gaussian_guided_sampling`): a target count for each
+                    perplexity bin, and the longest responses of a bin first
+    oxa_full        as oxa_mle, and for unlikelihood the wrong self-samples that the base finds
+                    most likely (`select_ul`)
+    length_matched  control, ours and not the paper's: random, with the lengths of oxa_mle's picks
     longest         control, ours and not the paper's: the longest responses
 
-`correct` null (could not be judged) is not false: it is counted and shown, and goes into no training set.
+`correct` null (could not be judged) is not false: it is counted and shown, and goes into no
+training set.
 
-Deliberate simplifications: rows are worked off in the order of the input, a block at a time; equal texts are scored
-each for itself; `select` reads the small columns first and copies the picked rows in a second pass, so that its memory
-does not grow with the text.
+Deliberate simplifications: rows are worked off in the order of the input, a block at a time; equal
+texts are scored each for itself; `select` reads the small columns first and copies the picked rows
+in a second pass, so that its memory does not grow with the text.
 
-    python 02_verify_score.py verify --samples teacher.jsonl --problems problems.jsonl --out teacher.verified.jsonl
-    python 02_verify_score.py score --samples teacher.verified.jsonl --model BASE --out teacher.scored.jsonl
-    torchrun --nproc_per_node 8 -- 02_verify_score.py score --samples self.verified.jsonl --model BASE --only wrong \\
-        --out self.scored.jsonl
-    python 02_verify_score.py select --arm oxa_full --teacher teacher.scored.jsonl --self self.scored.jsonl \\
-        --out train.jsonl
+    python 02_verify_score.py verify --samples teacher.jsonl --problems problems.jsonl \\
+        --out teacher.verified.jsonl
+    python 02_verify_score.py score --samples teacher.verified.jsonl --model BASE \\
+        --out teacher.scored.jsonl
+    torchrun --nproc_per_node 8 -- 02_verify_score.py score --samples self.verified.jsonl \\
+        --model BASE --only wrong --out self.scored.jsonl
+    python 02_verify_score.py select --arm oxa_full --teacher teacher.scored.jsonl \\
+        --self self.scored.jsonl --out train.jsonl
     python 02_verify_score.py show --samples teacher.scored.jsonl --show 3
+
+Shapes: R rows of a file, M of them candidates, S sequences, L tokens of one of them.
 """
+
+import common
 
 import array
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -45,25 +54,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
+from common import die
+from grading.verifier import verify_many
 from model import (check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
                    pack_sequences, render_prompt, token_logprobs)
-from common import die
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
+
+# Fields that a stage needs of its input, with their types.
+PROBLEM = {"pid": str, "problem": str, "answer": (str, list)}
 SAMPLE = {"sid": str, "pid": str, "response": str, "n_tokens": int, "finish": str}
 VERDICT = {"correct": (bool, type(None)), "status": str}
-SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bool, type(None)), "ppl": (float, int, type(None))}
-QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bool, type(None)),
+          "ppl": (float, int, type(None))}
+
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
-# ------------------------------------------------------------------------------------------- configuration
+# ----------------------------------------------------------------------------------- configuration
 
 
-def configuration(argv=None):
+def parse_args(argv=None):
     parser = common.make_parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="verify|score|select|show")
-    show = dict(type=int, default=0, metavar="N", help="print N random rows of the output, readably")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="verify|score|select|show")
 
     p = common.add_command(commands, "verify", "grade each response against its problem's answer")
     p.add_argument("--samples", required=True, help="samples JSONL")
@@ -71,122 +85,326 @@ def configuration(argv=None):
     p.add_argument("--out", required=True, help="verified JSONL; goes on where it stopped")
     p.add_argument("--workers", type=int, default=0, help="grading processes; 0: one per core")
     p.add_argument("--block", type=int, default=4096, help="rows graded and written at a time")
-    p.add_argument("--show", **show)
 
     p = common.add_command(commands, "score", "perplexity of each response under the base model")
     p.add_argument("--samples", required=True, help="verified JSONL")
     p.add_argument("--model", required=True, help="the base model: directory or hub id")
     p.add_argument("--out", required=True, help="scored JSONL; goes on where it stopped")
-    p.add_argument("--only", choices=("all", "correct", "wrong"), default="all", help="score and keep only these rows")
+    p.add_argument("--only", choices=("all", "correct", "wrong"), default="all",
+                   help="score and keep only these rows")
     p.add_argument("--ppl-context", choices=("response", "prompt"), default="response",
                    help="response: its text alone (the paper's); prompt: given the rendered prompt")
-    p.add_argument("--max-score-tokens", type=int, default=32768, help="right-truncate longer sequences, tokens")
-    p.add_argument("--token-budget", type=int, default=32768, help="tokens of one forward pass, on each rank")
-    p.add_argument("--block", type=int, default=1024, help="rows scored and written at a time, over all ranks")
-    p.add_argument("--show", **show)
+    p.add_argument("--max-score-tokens", type=int, default=32768,
+                   help="right-truncate longer sequences, tokens")
+    p.add_argument("--token-budget", type=int, default=32768,
+                   help="tokens of one forward pass, on each rank")
+    p.add_argument("--block", type=int, default=1024,
+                   help="rows scored and written at a time, over all ranks")
 
     p = common.add_command(commands, "select", "the examples that one arm trains on")
     p.add_argument("--arm", required=True, choices=ARMS)
     p.add_argument("--teacher", required=True, help="scored JSONL of teacher responses")
-    p.add_argument("--self", dest="self", default=None, help="scored JSONL of self-samples; needed by oxa_full only")
+    p.add_argument("--self", dest="self", default=None,
+                   help="scored JSONL of self-samples; needed by oxa_full only")
     p.add_argument("--out", required=True, help="training set JSONL")
     p.add_argument("--n-ce", type=int, default=50000, help="cross-entropy examples")
     p.add_argument("--n-ul", type=int, default=50000, help="unlikelihood examples")
-    p.add_argument("--mu", type=float, default=2.5, help="centre of the Gaussian, a perplexity (7B: 3.0)")
+    p.add_argument("--mu", type=float, default=2.5,
+                   help="centre of the Gaussian, a perplexity (7B: 3.0)")
     p.add_argument("--mu-quantile", type=float, default=None,
-                   help="instead of --mu: this quantile of the correct responses' perplexities inside the range")
-    p.add_argument("--sigma", type=float, default=0.25, help="width of the Gaussian, in perplexity")
+                   help="instead of --mu: this quantile of the correct responses' perplexities "
+                        "inside the range")
+    p.add_argument("--sigma", type=float, default=0.25,
+                   help="width of the Gaussian, in perplexity")
     p.add_argument("--range-low", type=float, default=1.0, help="lowest perplexity of oxa_mle")
-    p.add_argument("--range-high", type=float, default=5.0, help="highest perplexity of oxa_mle, itself included")
+    p.add_argument("--range-high", type=float, default=5.0,
+                   help="highest perplexity of oxa_mle, itself included")
     p.add_argument("--bin-width", type=float, default=0.05, help="in perplexity")
-    p.add_argument("--cap", type=int, default=1, help="cross-entropy examples per query, over all bins")
-    p.add_argument("--min-tokens", type=int, default=0, help="sft_lp only: shortest response, tokens")
+    p.add_argument("--cap", type=int, default=1,
+                   help="cross-entropy examples per query, over all bins")
+    p.add_argument("--min-tokens", type=int, default=0,
+                   help="sft_lp only: shortest response, tokens")
     p.add_argument("--ul-cap", type=int, default=1, help="unlikelihood examples per query")
-    p.add_argument("--min-ppl-ul", type=float, default=1.2, help="floor of unlikelihood; below it text is degenerate")
+    p.add_argument("--min-ppl-ul", type=float, default=1.2,
+                   help="floor of unlikelihood; below it text is degenerate")
     p.add_argument("--max-tokens-ul", type=int, default=25000, help="drop longer self-samples")
     p.add_argument("--truncated-ul", choices=("keep", "drop"), default="keep",
                    help="wrong self-samples that were cut at the length limit")
     p.add_argument("--seed", type=int, default=42, help="of ties and of random picks")
-    p.add_argument("--show", **show)
 
-    p = common.add_command(commands, "show", "a readable look at rows of a samples, verified, scored or training file")
+    p = common.add_command(commands, "show", "a readable look at rows of a samples, verified, "
+                                             "scored or training file")
     p.add_argument("--samples", required=True, help="any JSONL of these")
-    p.add_argument("--show", type=int, default=3, metavar="N", help="at most N rows, drawn at random")
+    p.add_argument("--show", type=int, default=3, metavar="N",
+                   help="at most N rows, drawn at random")
     p.add_argument("--pid", default=None, help="only rows of this problem")
     p.add_argument("--sid", default=None, help="only this response")
-    p.add_argument("--chars", type=int, default=1500, help="of a response; its middle is left out beyond that")
+    p.add_argument("--chars", type=int, default=1500,
+                   help="of a response; its middle is left out beyond that")
     p.add_argument("--seed", type=int, default=42, help="of the random draw")
 
     args = common.parse_args(parser, argv=argv)
-    common.check_range(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1, max_score_tokens=1, token_budget=1, chars=1,
-                       workers=0, show=0, min_tokens=0)
+    common.check_range(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1,
+                       max_score_tokens=1, token_budget=1, chars=1, workers=0, show=0, min_tokens=0)
+    if args.command == "select":
+        check_select_flags(args)
     return args
 
 
-# -------------------------------------------------------------------------------------------------- verify
+def check_select_flags(args):
+    if args.sigma <= 0:
+        die(f"--sigma must be positive, got {args.sigma}")
+    if args.mu_quantile is not None and not 0 <= args.mu_quantile <= 1:
+        die(f"--mu-quantile must lie in [0, 1], got {args.mu_quantile}")
+    if args.arm == "oxa_full" and not args.self:
+        die("--arm oxa_full needs --self: the scored self-samples that unlikelihood is drawn from")
+
+
+# ------------------------------------------------------------------------------------------ verify
 
 
 def verify(args):
-    """samples + answers -> verified: + predicted, correct, status, and the problem's text for the stages to come."""
-    from grading.verifier import verify_many
-    problems = {}
-    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str, "answer": (str, list)}):
-        if row["pid"] in problems:
-            die(f"{args.problems}: pid {row['pid']} occurs twice")
-        problems[row["pid"]] = (row["problem"], row["answer"])
+    """samples -> verified: + predicted, correct, status, and the problem's text for later stages.
+    """
+    problems = read_problems(args.problems)
     inputs = [args.samples, args.problems]
-    common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block", "show"))
+    common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block"))
     done, out = common.append_jsonl(args.out, "sid")
     counts = Counter()
     if done:
         print(f"{args.out}: going on after {len(done):,} rows", flush=True)
-        counts.update((LABEL[row["correct"]], row["status"]) for row in common.read_jsonl(args.out, VERDICT, text=False))
-    with out, tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5) as progress:
-        for block, n_old in common.unfinished_blocks(common.read_jsonl(args.samples, SAMPLE), done, len(done), args.block):
-            block = block[n_old:]
-            for row in block:
-                if row["pid"] not in problems:
-                    die(f"{args.samples}: {row['sid']}: no problem '{row['pid']}' in {args.problems}")
-            verdicts = verify_many([(row["response"], problems[row["pid"]][1]) for row in block],
-                                   workers=args.workers or None)
-            for row, verdict in zip(block, verdicts, strict=True):
-                # A response without an answer because it was cut at the limit is told from one that ended without.
-                status = verdict.status
-                if row["finish"] == "length" and status in ("no_think_end", "no_box", "unbalanced_box"):
-                    status = "truncated"
-                out.write({**row, "predicted": verdict.predicted, "correct": verdict.correct, "status": status,
-                           "problem": problems[row["pid"]][0]})
-                counts[LABEL[verdict.correct], status] += 1
-            progress.update(len(block))
-    judged = dict.fromkeys(LABEL.values(), 0)
-    for (label, _), c in counts.items():
-        judged[label] += c
+        for row in common.read_jsonl(args.out, VERDICT):
+            counts[row["correct"], row["status"]] += 1
+
+    samples = common.read_jsonl(args.samples, SAMPLE)
+    progress = tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5)
+    with out, progress:
+        for block, n_old in common.unfinished_blocks(samples, done, len(done), args.block):
+            new = block[n_old:]
+            for row in graded(new, problems, args):
+                out.write(row)
+                counts[row["correct"], row["status"]] += 1
+            progress.update(len(new))
+    report_verdicts(args, inputs, counts)
+
+
+def read_problems(path) -> dict:
+    """{pid: row of the problems file}"""
+    problems = {}
+    for row in common.read_jsonl(path, PROBLEM):
+        if row["pid"] in problems:
+            die(f"{path}: pid {row['pid']} occurs twice")
+        problems[row["pid"]] = row
+    return problems
+
+
+def graded(rows: list[dict], problems: dict, args) -> list[dict]:
+    """Sampled rows -> verified rows."""
+    pairs = []
+    for row in rows:
+        problem = problems.get(row["pid"])
+        if problem is None:
+            die(f"{args.samples}: {row['sid']}: no problem '{row['pid']}' in {args.problems}")
+        pairs.append((row["response"], problem["answer"]))
+    verdicts = verify_many(pairs, workers=args.workers or None)
+    verified = []
+    for row, verdict in zip(rows, verdicts, strict=True):
+        verified.append({
+            **row,
+            "predicted": verdict.predicted,
+            "correct": verdict.correct,
+            "status": status_of(row, verdict),
+            "problem": problems[row["pid"]]["problem"],
+        })
+    return verified
+
+
+def status_of(row: dict, verdict) -> str:
+    """A response that was cut before its answer is told from one that ended without."""
+    no_answer = verdict.status in ("no_think_end", "no_box", "unbalanced_box")
+    if no_answer and row["finish"] == "length":
+        return "truncated"
+    return verdict.status
+
+
+def report_verdicts(args, inputs, counts: Counter):
+    """Print how many were judged how, and finish the sidecar. counts: (correct, status) -> rows."""
+    judged = {label: 0 for label in LABEL.values()}
+    by_status = {}
+    for (correct, status), count in counts.items():
+        judged[LABEL[correct]] += count
+        by_status[f"{LABEL[correct]}/{status}"] = count
+
     n = counts.total()
-    print(f"{args.out}: {n:,} responses: " + ", ".join(f"{c:,} {label} ({c / n:.1%})" for label, c in judged.items()))
-    for (label, status), c in sorted(counts.items(), key=lambda item: -item[1]):
-        print(f"  {label:8} {status:16} {c:10,}")
+    shares = []
+    for label, count in judged.items():
+        shares.append(f"{count:,} {label} ({count / n:.1%})")
+    print(f"{args.out}: {n:,} responses: " + ", ".join(shares))
+    for (correct, status), count in counts.most_common():
+        print(f"  {LABEL[correct]:8} {status:16} {count:10,}")
     if judged["unknown"]:
-        print(f"  {judged['unknown']:,} could not be judged (correct: null): they go into no training set")
+        print(f"  {judged['unknown']:,} could not be judged (correct: null): "
+              "they go into no training set")
     common.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
-                        status={f"{label}/{status}": c for (label, status), c in sorted(counts.items())})
+                      status=dict(sorted(by_status.items())))
 
 
-# --------------------------------------------------------------------------------------------------- score
+# ------------------------------------------------------------------------------------------- score
+
+
+def score(args):
+    """verified -> scored: + nll_sum, n_scored, ppl, scorer, ppl_context.
+
+    Under torchrun each rank scores a share of every block, and rank 0 writes. A run that was
+    stopped goes on at the block that its output does not hold whole. With blocks of 4:
+
+        input      a b c d | e f g h | i j
+        output     a b c d   e f                       n_done = 6
+        scored               e f g h   i j
+        written                  g h   i j             n_old = 2, then 0
+
+    e and f are scored once more, because g and h are packed with them: a perplexity depends in its
+    last bits on its neighbours, and so the file is bit for bit that of an uninterrupted run.
+    """
+    dist = common.init_distributed()
+    writes = dist.rank == 0
+    directory = model_dir(args.model)
+    n_rows = check_lengths(args, load_config(directory))
+    tokenizer = load_tokenizer(directory)
+    done, out = {}, None
+    if writes:
+        common.start_output(args.out, "scored", args, [args.samples])
+        done, out = common.append_jsonl(args.out, "sid")
+    n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
+    if done:
+        print(f"{args.out}: going on after {n_done:,} rows", flush=True)
+
+    model = None
+    blocks = common.unfinished_blocks(rows_to_score(args), done, n_done, args.block)
+    progress = tqdm(desc="score", total=n_rows, initial=n_done, unit=" rows", mininterval=5,
+                    disable=not writes)
+    with progress:
+        for work in one_ahead(tokenised(blocks, tokenizer, args, dist)):
+            if model is None:
+                model = load_model(directory, device=dist.device)
+            mine = response_nll(model, work.sequences, args.token_budget, dist.device)
+            nll, n_scored = gathered(mine, work, dist)
+            if writes:
+                for i in range(work.n_old, len(work.block)):
+                    out.write(scored_row(work.block[i], nll[i], n_scored[i], args))
+                progress.update(len(work.block) - work.n_old)
+    if writes:
+        out.close()
+        report_scores(args)
+
+
+def rows_to_score(args):
+    """The rows of --samples that --only keeps, one by one."""
+    fields = SAMPLE | VERDICT
+    if args.ppl_context == "prompt":
+        fields = fields | {"problem": str}
+    for row in common.read_jsonl(args.samples, fields):
+        if args.only in ("all", LABEL[row["correct"]]):
+            yield row
+
+
+def check_lengths(args, config) -> int:
+    """Refuse what the model or the budget cannot take; returns the number of rows to score."""
+    n_rows, longest = 0, 0
+    for row in rows_to_score(args):
+        n_rows += 1
+        longest = max(longest, row["n_tokens"] - 1)    # n_tokens counts the end-of-turn token too
+    longest = min(longest, args.max_score_tokens)
+    check_positions(config, longest, f"scoring {args.samples}")
+    if longest > args.token_budget:
+        die(f"{args.samples} has responses of {longest} tokens; raise --token-budget "
+            f"({args.token_budget}) or lower --max-score-tokens")
+    return n_rows
+
+
+@dataclasses.dataclass
+class Work:
+    """A block of rows, and what one rank does of it."""
+    block: list[dict]
+    n_old: int               # of the block's rows, so many are written already
+    share: list[int]         # which rows of the block this rank scores
+    sequences: list[tuple]   # their tokens: (ids [L], start); tokens start..L-1 are scored
+
+
+def tokenised(blocks, tokenizer, args, dist):
+    """Yield the Work of this rank for each block."""
+    config = load_config(model_dir(args.model))
+    for block, n_old in blocks:
+        share = share_of_rank(block, dist.rank, dist.world)
+        rows = [block[i] for i in share]
+        sequences = scored_sequences(tokenizer, rows, args)
+        longest = max((len(ids) for ids, _ in sequences), default=0)
+        check_positions(config, longest, f"scoring {args.samples}")
+        yield Work(block, n_old, share, sequences)
+
+
+def share_of_rank(block: list[dict], rank: int, world: int) -> list[int]:
+    """Rows by length of text, the longest first, dealt like cards, so that shares are alike.
+
+        lengths  7 2 9 4 5   on 2 ranks   ->   rank 0: 9 5 2,  rank 1: 7 4
+    """
+    order = sorted(range(len(block)), key=lambda i: (-len(block[i]["response"]), i))
+    return order[rank::world]
+
+
+def one_ahead(items):
+    """Yield the items of a generator; a thread makes the next one while one is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
 
 
 def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray, int]]:
-    """Rows -> (ids [L], start): tokens start..L-1 are scored. In the response's text alone the first cannot be."""
+    """Rows -> (ids [L], start): tokens start..L-1 are scored. In the response's text alone the
+    first cannot be."""
+    if not rows:
+        return []
     sequences = []
-    for row, ids in zip(rows, encode_text(tokenizer, [row["response"] for row in rows]) if rows else []):
-        prompt = render_prompt(tokenizer, row["problem"]) if args.ppl_context == "prompt" else []
-        ids = np.array((prompt + ids)[:args.max_score_tokens], dtype=np.int32)   # 4 bytes a token; a list takes 36
+    texts = encode_text(tokenizer, [row["response"] for row in rows])
+    for row, ids in zip(rows, texts):
+        prompt = []
+        if args.ppl_context == "prompt":
+            prompt = render_prompt(tokenizer, row["problem"])
+        # An array takes 4 bytes a token, a list 36.
+        ids = np.array((prompt + ids)[:args.max_score_tokens], dtype=np.int32)
         sequences.append((ids, max(1, len(prompt))))
     return sequences
 
 
+@torch.no_grad()
+def response_nll(model, sequences, budget: int, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+    """(ids, start) of S sequences -> sum of -log p over the scored tokens [S], their number [S]."""
+    lengths = np.array([len(ids) for ids, _ in sequences], dtype=int)
+    starts = np.array([start for _, start in sequences], dtype=int)
+    n_scored = np.maximum(lengths - starts, 0)
+    some = np.flatnonzero(n_scored)
+
+    sums = []
+    for places in packs_by_length(lengths[some], budget):
+        indices = some[places]                           # which of the S are in this pack
+        pack = pack_sequences([sequences[i] for i in indices], device)
+        logp, _ = token_logprobs(model, pack)            # [N] of the pack's scored tokens
+        nll_of_pack = torch.zeros(len(indices), dtype=torch.float64, device=device)
+        nll_of_pack.index_add_(0, pack.seq, -logp.double())
+        sums.append((indices, nll_of_pack))
+
+    # Fetched at the end: the GPU never waits for the host.
+    nll = np.zeros(len(sequences))
+    for indices, nll_of_pack in sums:
+        nll[indices] = nll_of_pack.cpu().numpy()
+    return nll, n_scored
+
+
 def packs_by_length(lengths, budget: int) -> list[list[int]]:
-    """Indices, longest first, in packs of at most `budget` tokens. Neighbours in length share a pack, so that on a CPU
-    they share one attention call; on a GPU it makes no difference."""
+    """Indices, longest first, in packs of at most `budget` tokens. Neighbours in length share a
+    pack, so that on a CPU they share one attention call; on a GPU it makes no difference."""
     packs, room = [], 0
     for i in np.argsort(-lengths, kind="stable").tolist():
         if lengths[i] > room:
@@ -197,184 +415,186 @@ def packs_by_length(lengths, budget: int) -> list[list[int]]:
     return packs
 
 
-@torch.no_grad()
-def response_nll(model, sequences, budget: int, device="cpu") -> tuple[np.ndarray, np.ndarray]:
-    """sequences [(ids, start)] -> (sum of -log p over the scored tokens [S], how many were scored [S])."""
-    nll, lengths = np.zeros(len(sequences)), np.array([len(ids) for ids, _ in sequences], dtype=int)
-    n_scored = np.array([max(len(ids) - start, 0) for ids, start in sequences], dtype=int)
-    some, sums = np.flatnonzero(n_scored), []
-    for indices in packs_by_length(lengths[some], budget):
-        pack = pack_sequences([sequences[i] for i in some[indices]], device)
-        logp, _ = token_logprobs(model, pack)
-        total = torch.zeros(len(indices), dtype=torch.float64, device=device)
-        sums.append((some[indices], total.index_add_(0, pack.seq, -logp.double())))
-    for rows, total in sums:      # fetched at the end: the GPU never waits for the host
-        nll[rows] = total.cpu().numpy()
+def gathered(mine, work: Work, dist) -> tuple[list, list]:
+    """This rank's NLL and counts [2, share] -> those of every row of the block, on all ranks."""
+    result = torch.zeros(2, len(work.block), dtype=torch.float64)
+    result[:, work.share] = torch.from_numpy(np.stack(mine))
+    result = result.to(dist.device)
+    common.all_reduce_sum(result)
+    nll, n_scored = result.cpu().tolist()
     return nll, n_scored
 
 
-def score(args):
-    """verified -> scored: + nll_sum, n_scored, ppl, scorer, ppl_context. Under torchrun each rank scores a share."""
-    dist = common.init_distributed()
-    directory = model_dir(args.model)
-    config = load_config(directory)
-    keep = lambda row: args.only in ("all", LABEL[row["correct"]])
-    light = common.read_jsonl(args.samples, {"n_tokens": int, **VERDICT}, text=False)
-    lengths = [row["n_tokens"] for row in light if keep(row)]
-    longest = min(args.max_score_tokens, max(lengths, default=1) - 1)        # n_tokens counts the end-of-turn token too
-    check_positions(config, longest, f"scoring {args.samples}")
-    if longest > args.token_budget:
-        die(f"{args.samples} has responses of {longest} tokens; raise --token-budget ({args.token_budget}) "
-            "or lower --max-score-tokens")
-    tokenizer = load_tokenizer(directory)
-    writes = dist.rank == 0
-    done, out = set(), None
-    if writes:
-        common.start_output(args.out, "scored", args, [args.samples], may_differ=("show",))
-        done, out = common.append_jsonl(args.out, "sid")
-    n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
-    if done:
-        print(f"{args.out}: going on after {n_done:,} rows", flush=True)
+def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
+    if not math.isfinite(nll_sum):
+        die(f"{row['sid']}: its log-probabilities are not finite; is {args.model} a whole model?")
+    return {
+        **row,
+        "nll_sum": nll_sum,
+        "n_scored": int(n_scored),
+        "ppl": math.exp(nll_sum / n_scored) if n_scored else None,
+        "scorer": args.model,
+        "ppl_context": args.ppl_context,
+    }
 
-    fields = SAMPLE | VERDICT | ({"problem": str} if args.ppl_context == "prompt" else {})
-    rows = filter(keep, common.read_jsonl(args.samples, fields))
-    blocks = common.unfinished_blocks(rows, done, n_done, args.block)
 
-    def prepare():
-        """The next block and the tokens of this rank's share of it: by length, dealt in turn, so shares are alike."""
-        block, n_old = next(blocks, (None, 0))
-        if block is None:
-            return None
-        share = sorted(range(len(block)), key=lambda i: (-len(block[i]["response"]), i))[dist.rank::dist.world]
-        sequences = scored_sequences(tokenizer, [block[i] for i in share], args)
-        check_positions(config, max((len(ids) for ids, _ in sequences), default=0), f"scoring {args.samples}")
-        return block, n_old, share, sequences
-
-    model = None
-    # One thread ahead reads and tokenises the next block while this one is scored.
-    progress = tqdm(desc="score", total=len(lengths), initial=n_done, unit=" rows", mininterval=5, disable=not writes)
-    with ThreadPoolExecutor(1) as ahead, progress:
-        waiting = ahead.submit(prepare)
-        while (prepared := waiting.result()) is not None:
-            waiting = ahead.submit(prepare)
-            block, n_old, share, sequences = prepared
-            model = model or load_model(directory, device=dist.device)
-            result = torch.zeros(2, len(block), dtype=torch.float64)
-            mine = response_nll(model, sequences, args.token_budget, dist.device)
-            result[:, share] = torch.from_numpy(np.stack(mine))
-            nll, n_scored = common.all_reduce_sum(result.to(dist.device)).cpu().tolist()
-            if writes:
-                for row, nll_sum, n in list(zip(block, nll, n_scored))[n_old:]:
-                    if not math.isfinite(nll_sum):
-                        die(f"{row['sid']}: its log-probabilities are not finite; is {args.model} a whole model?")
-                    ppl = math.exp(nll_sum / n) if n else None
-                    out.write({**row, "nll_sum": nll_sum, "n_scored": int(n), "ppl": ppl,
-                               "scorer": args.model, "ppl_context": args.ppl_context})
-                progress.update(len(block) - n_old)
-    if not writes:
-        return
-    out.close()
+def report_scores(args):
+    """Print the spread of the perplexities, and finish the sidecar."""
     columns = read_columns(args.out, seed=0)
-    ppl = columns.ppl[~np.isnan(columns.ppl)]
-    n, unscored, spread = len(columns.ppl), len(columns.ppl) - len(ppl), quantiles(ppl)
-    print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than 2 tokens (ppl: null); "
-          f"perplexity quantiles {spread}")
-    common.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored, scorer=args.model,
-                        ppl_quantiles=spread)
+    is_scored = ~np.isnan(columns.ppl)
+    n = len(columns.ppl)
+    unscored = n - int(is_scored.sum())
+    spread = quantiles(columns.ppl[is_scored])
+    print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than "
+          f"2 tokens (ppl: null); perplexity quantiles {spread}")
+    common.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored,
+                      scorer=args.model, ppl_quantiles=spread)
 
 
-# -------------------------------------------------------------------------------- select: the small columns
+def quantiles(values) -> dict:
+    if not len(values):
+        return {}
+    found = np.quantile(values, QUANTILES)
+    return {q: round(float(value), 4) for q, value in zip(QUANTILES, found)}
+
+
+# ----------------------------------------------------------------------- select: the small columns
 
 
 @dataclasses.dataclass
 class Columns:
-    """What selection needs of a scored file, an entry a row. The texts stay on disk, found again by `offset`."""
+    """What selection needs of a scored file, an entry a row. The texts stay on disk, found again
+    by `offset`."""
     path: str
+    scorers: set           # (scorer, ppl_context) of the rows
     offset: np.ndarray     # [R] where the row starts, bytes
     query: np.ndarray      # [R] number of its problem
     correct: np.ndarray    # [R] 1, 0, or -1: could not be judged
-    truncated: np.ndarray  # [R] cut at the length limit
+    truncated: np.ndarray  # [R] 1: cut at the length limit
     ppl: np.ndarray        # [R] nan: could not be scored
     n_tokens: np.ndarray   # [R]
-    tie: np.ndarray        # [R] a random number that depends on (seed, sid) only: not on the order of the rows
-    scorers: set           # (scorer, ppl_context) of the rows
+    tie: np.ndarray        # [R] a random number that depends on (seed, sid), not on the rows' order
 
     def census(self) -> dict:
-        return {"rows": len(self.query), "queries": len(np.unique(self.query)),
-                "correct": int((self.correct == 1).sum()), "wrong": int((self.correct == 0).sum()),
-                "unknown": int((self.correct == -1).sum()),
-                "not_scored": int(np.isnan(self.ppl).sum())}
+        return {
+            "rows": len(self.query),
+            "queries": len(np.unique(self.query)),
+            "correct": int((self.correct == 1).sum()),
+            "wrong": int((self.correct == 0).sum()),
+            "unknown": int((self.correct == -1).sum()),
+            "not_scored": int(np.isnan(self.ppl).sum()),
+        }
+
+
+# How a verdict is stored in a column of whole numbers.
+CODE = {True: 1, False: 0, None: -1}
+
+# Type codes of `array`, which takes a tenth of a list's memory.
+COLUMN_TYPES = {"offset": "q", "query": "q", "correct": "b", "truncated": "b", "ppl": "d",
+                "n_tokens": "q", "tie": "Q"}
 
 
 def read_columns(path, seed: int) -> Columns:
-    """One pass over a scored file. Its memory grows with the number of rows, not with their text."""
-    offset, query, correct, truncated, ppl, n_tokens, tie = (array.array(code) for code in "qibbdiQ")
-    sids, pids, scorers = set(), {}, set()
-    for start, row in common.located_rows(path, SCORED, text=False):
+    """One pass over a scored file. Its memory grows with the rows, not with their text."""
+    columns = {name: array.array(code) for name, code in COLUMN_TYPES.items()}
+    sids = set()
+    scorers = set()
+    numbers = {}           # pid -> its number, in the order of the file
+    for offset, row in common.located_rows(path, SCORED):
         sid = row["sid"]
         if sid in sids:
             die(f"{path}: sid {sid} occurs twice; every response needs its own")
         sids.add(sid)
-        offset.append(start)
-        query.append(pids.setdefault(row["pid"], len(pids)))
-        correct.append(-1 if row["correct"] is None else row["correct"])
-        truncated.append(row["finish"] == "length")
-        ppl.append(math.nan if row["ppl"] is None else row["ppl"])
-        n_tokens.append(row["n_tokens"])
-        tie.append(int.from_bytes(hashlib.blake2b(f"{seed}\x1f{sid}".encode(), digest_size=8).digest(), "big"))
         scorers.add((row.get("scorer"), row.get("ppl_context")))
-    return Columns(str(path), *map(np.array, (offset, query, correct, truncated, ppl, n_tokens, tie)), scorers)
+        columns["offset"].append(offset)
+        columns["query"].append(numbers.setdefault(row["pid"], len(numbers)))
+        columns["correct"].append(CODE[row["correct"]])
+        columns["truncated"].append(row["finish"] == "length")
+        columns["ppl"].append(math.nan if row["ppl"] is None else row["ppl"])
+        columns["n_tokens"].append(row["n_tokens"])
+        columns["tie"].append(random_number(seed, sid))
+    arrays = {name: np.array(column) for name, column in columns.items()}
+    return Columns(str(path), scorers, **arrays)
 
 
-# ------------------------------------------------------------------------------------ select: the rules of the arms
+def random_number(seed: int, sid: str) -> int:
+    digest = hashlib.blake2b(f"{seed}\x1f{sid}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+# --------------------------------------------------------------- select: bins, targets and filling
 
 
 def bin_edges(low: float, high: float, width: float) -> np.ndarray:
-    """[n_bins + 1] edges, exact to ten decimals: a perplexity of 1.15 lies in [1.15, 1.20), as it reads."""
+    """[n_bins + 1] edges, exact to ten decimals: 1.15 lies in [1.15, 1.20), as it reads."""
     n_bins = round((high - low) / width) if width > 0 else 0
-    if n_bins < 1 or abs(n_bins * width - (high - low)) > 1e-9:
+    remainder = (high - low) - n_bins * width
+    if n_bins < 1 or abs(remainder) > 1e-9:
         die(f"the range [{low}, {high}] is not a whole number of bins of width {width}")
-    return np.round(low + width * np.arange(n_bins + 1), 10)
+    edges = low + width * np.arange(n_bins + 1)
+    return np.round(edges, 10)
 
 
-def bin_of(value: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """[R] -> bin of each value, -1 outside. Bins are closed below and open above; the last is closed on both sides."""
-    index = np.searchsorted(edges, value, side="right") - 1
-    index[value == edges[-1]] = len(edges) - 2
-    return np.where((value >= edges[0]) & (value <= edges[-1]), index, -1)
+def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """[R] -> bin of each value, -1 outside. Bins are closed below and open above; the last is
+    closed on both sides."""
+    n_bins = len(edges) - 1
+    index = np.searchsorted(edges, values, side="right") - 1
+    index[values == edges[-1]] = n_bins - 1
+    inside = (values >= edges[0]) & (values <= edges[-1])
+    return np.where(inside, index, -1)
 
 
 def gaussian_targets(edges: np.ndarray, mu: float, sigma: float, n: int) -> np.ndarray:
-    """[n_bins] counts that sum to n, in proportion to the normal density at the bins' centres, by largest remainder."""
+    """[n_bins] counts that sum to n, in proportion to the normal density at the bins' centres.
+
+    Rounded down; what is left of n goes to the bins with the largest fractions.
+    """
     centre = (edges[:-1] + edges[1:]) / 2
-    density = np.exp(-0.5 * ((centre - mu) / sigma) ** 2)
+    deviation = (centre - mu) / sigma
+    density = np.exp(-0.5 * deviation ** 2)
     if not density.sum() > 0:
-        die(f"no part of the Gaussian (mu {mu}, sigma {sigma}) lies in the range [{edges[0]}, {edges[-1]}]")
+        die(f"no part of the Gaussian (mu {mu}, sigma {sigma}) lies in the range "
+            f"[{edges[0]}, {edges[-1]}]")
     share = density / density.sum() * n
-    # Bins at equal distance from mu have equal shares: rounded, the last bit does not rank them; the lower goes first.
     target = np.floor(np.round(share, 9)).astype(int)
-    by_fraction = np.argsort(-np.round(share - target, 9), kind="stable")
-    target[by_fraction[:n - target.sum()]] += 1
+    # Bins at equal distance from mu have equal shares: rounded, the last bit does not rank them,
+    # and the lower one goes first.
+    fraction = np.round(share - target, 9)
+    by_fraction = np.argsort(-fraction, kind="stable")
+    n_left = n - target.sum()
+    target[by_fraction[:n_left]] += 1
     return target
 
 
-def fill(order: np.ndarray, bins: np.ndarray, target: np.ndarray, query: np.ndarray, rounds) -> np.ndarray:
-    """Row indices picked from `order` (candidates, the preferred first) until each bin has its target.
+def fill(order, bins, target, query, rounds) -> np.ndarray:
+    """Rows picked from `order` [M] (candidates, the preferred first) until each bin has its target.
 
-    rounds: how many picks a query may have, over all bins, after each round: 1, 2, .. cap gives every query its first
-    before any gets a second; (cap,) is one pass. A row is picked once; what a bin lacks in the end stays lacking.
+    bins, query [R]: bin and problem of each row; target [n_bins]. rounds: how many picks a query
+    may have, over all bins, after each round: 1, 2, .. cap gives every query its first before any
+    gets a second; (cap,) is one pass. With targets of 2 and 1, and rounds (1, 2):
+
+        order           a  b  c  d  e
+        bin             0  0  0  1  1
+        query           p  p  q  q  p
+        round 1 picks   a     c           b, d and e: their query has one; bin 0 is full
+        round 2 picks            d        b: no room in its bin; d fills bin 1
+
+    A row is picked once; what a bin lacks in the end stays lacking.
     """
-    left, taken, picked = target.tolist(), [0] * (int(query.max()) + 1), []
+    left = target.tolist()
+    taken = [0] * (int(query.max()) + 1)
+    picked = []
     candidates = list(zip(order.tolist(), bins[order].tolist(), query[order].tolist()))
     for most in rounds:
         passed_over = []
         for candidate in candidates:
-            row, b, q = candidate
-            if left[b] and taken[q] < most:
-                left[b] -= 1
-                taken[q] += 1
+            row, its_bin, its_query = candidate
+            if left[its_bin] and taken[its_query] < most:
+                left[its_bin] -= 1
+                taken[its_query] += 1
                 picked.append(row)
-            elif left[b]:
+            elif left[its_bin]:
                 passed_over.append(candidate)
         candidates = passed_over
         if not candidates:
@@ -382,199 +602,312 @@ def fill(order: np.ndarray, bins: np.ndarray, target: np.ndarray, query: np.ndar
     return np.array(picked, dtype=int)
 
 
-def quantiles(x) -> dict:
-    return {q: round(float(v), 4) for q, v in zip(QUANTILES, np.quantile(x, QUANTILES))} if len(x) else {}
+def bin_table(edges, target, candidates, picked) -> list[dict]:
+    """For each bin: its target, what there was to choose from, what it got, and what it lacks.
+
+    candidates, picked: the bins of these rows.
+    """
+    available = np.bincount(candidates, minlength=len(target))
+    actual = np.bincount(picked, minlength=len(target))
+    table = []
+    for i in range(len(target)):
+        table.append({
+            "low": float(edges[i]),
+            "high": float(edges[i + 1]),
+            "target": int(target[i]),
+            "available": int(available[i]),
+            "actual": int(actual[i]),
+            "shortage": int(target[i] - actual[i]),
+        })
+    return table
 
 
-def fill_best(pool, value, tie, query, n: int, cap: int) -> np.ndarray:
-    """Per query the `cap` lowest values of `pool` [M], of those the n lowest; ties by the random number."""
-    order = pool[np.lexsort((tie[pool], value[pool]))]
-    return fill(order, np.zeros(len(query), dtype=int), np.array([n]), query, rounds=(cap,))
+# -------------------------------------------------------------------- select: the rules of the arms
 
 
-def fill_gaussian(c: Columns, pool, args):
-    """Gaussian-guided perplexity sampling: (picked rows, bins, mu)."""
+def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
+    """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
+    pool = np.flatnonzero((columns.correct == 1) & ~np.isnan(columns.ppl))
+    if not len(pool):
+        die(f"{columns.path}: no row is verified correct and scored; nothing to select from")
+    if args.arm == "sft":
+        return uniform_sample(columns, pool, args), {}
+    if args.arm == "sft_lp":
+        long_enough = pool[columns.n_tokens[pool] >= args.min_tokens]
+        return lowest(columns, long_enough, columns.ppl, args.n_ce, args.cap), {}
+    if args.arm == "longest":
+        return lowest(columns, pool, -columns.n_tokens, args.n_ce, args.cap), {}
+    picked, details = gaussian_guided_sampling(columns, pool, args)
+    if args.arm == "length_matched":
+        picked, length_bins = length_matched_sample(columns, pool, picked, args)
+        details = {"mu": details["mu"], "length_bins": length_bins}
+    return picked, details
+
+
+def uniform_sample(columns: Columns, pool, args) -> np.ndarray:
+    """Arm `sft`: every candidate is as likely as the next, at most `cap` of a query."""
+    at_random = np.argsort(columns.tie[pool], kind="stable")
+    return fill_one_bin(columns, pool[at_random], args.n_ce, rounds=range(1, args.cap + 1))
+
+
+def lowest(columns: Columns, pool, value, n: int, cap: int) -> np.ndarray:
+    """Per query the `cap` rows of lowest `value` [R], of those the n lowest; ties at random."""
+    by_value = np.lexsort((columns.tie[pool], value[pool]))
+    return fill_one_bin(columns, pool[by_value], n, rounds=(cap,))
+
+
+def fill_one_bin(columns: Columns, order, n: int, rounds) -> np.ndarray:
+    """`fill` where nothing but n and the cap per query limits the choice."""
+    bins = np.zeros(len(columns.query), dtype=int)
+    return fill(order, bins, np.array([n]), columns.query, rounds)
+
+
+def gaussian_guided_sampling(columns: Columns, pool, args) -> tuple[np.ndarray, dict]:
+    """Arms `oxa_mle` and `oxa_full`: the paper's Gaussian-guided perplexity sampling
+    (docs/PAPER.md, "Gaussian-guided sampling").
+
+    A normal density over perplexity, cut into bins, says how many responses each bin is to give;
+    a bin gives its longest first. In rounds, so that no query has a second response before every
+    query that can has one.
+    """
     edges = bin_edges(args.range_low, args.range_high, args.bin_width)
-    bins = bin_of(c.ppl, edges)
+    bins = bin_of(columns.ppl, edges)
     pool = pool[bins[pool] >= 0]
     if not len(pool):
-        die(f"{c.path}: no correct response has a perplexity in [{args.range_low}, {args.range_high}]")
-    mu = args.mu if args.mu_quantile is None else float(np.quantile(c.ppl[pool], args.mu_quantile))
+        die(f"{columns.path}: no correct response has a perplexity in "
+            f"[{args.range_low}, {args.range_high}]")
+    mu = args.mu
+    if args.mu_quantile is not None:
+        mu = float(np.quantile(columns.ppl[pool], args.mu_quantile))
     target = gaussian_targets(edges, mu, args.sigma, args.n_ce)
-    order = pool[np.lexsort((c.tie[pool], -c.n_tokens[pool], bins[pool]))]   # bins in turn, in each the longest first
-    picked = fill(order, bins, target, c.query, rounds=range(1, args.cap + 1))
-    return picked, bin_table(edges, target, bins[pool], bins[picked]), mu
+    # By bin, in each the longest first, ties at random (np.lexsort: the last key ranks first).
+    longest_first = np.lexsort((columns.tie[pool], -columns.n_tokens[pool], bins[pool]))
+    order = pool[longest_first]
+    picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
+    return picked, {"mu": mu, "bins": bin_table(edges, target, bins[pool], bins[picked])}
 
 
-def fill_length_matched(c: Columns, pool, like, args):
-    """Random responses with the lengths of `like` (rows that oxa_mle picks): (picked rows, length bins).
+def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarray, list[dict]]:
+    """Control `length_matched`: random responses with the lengths of `like`, rows that oxa_mle
+    picks: (picked rows, length bins).
 
-    Lengths fall into bins of 5 %, and each takes as many at random as `like` has there. The bin with the least to
-    choose from goes first, or the cap per query would have spent its candidates elsewhere.
+    Lengths fall into bins of 5 %, and each takes as many at random as `like` has there. The bin
+    with the least to choose from goes first, or the cap per query would have spent its candidates
+    elsewhere.
     """
     edges = np.unique(np.round(1.05 ** np.arange(0, 400)))
-    bins = bin_of(np.clip(c.n_tokens, edges[0], edges[-1]), edges)
-    target, supply = (np.bincount(bins[rows], minlength=len(edges) - 1) for rows in (like, pool))
-    pool = pool[target[bins[pool]] > 0]
+    n_bins = len(edges) - 1
+    lengths = np.clip(columns.n_tokens, edges[0], edges[-1])
+    bins = bin_of(lengths, edges)
+    target = np.bincount(bins[like], minlength=n_bins)
+    supply = np.bincount(bins[pool], minlength=n_bins)
     scarcity = -(target / np.maximum(supply, 1))
-    order = pool[np.lexsort((c.tie[pool], bins[pool], scarcity[bins[pool]]))]
-    picked = fill(order, bins, target, c.query, rounds=range(1, args.cap + 1))
+    pool = pool[target[bins[pool]] > 0]
+    by_scarcity = np.lexsort((columns.tie[pool], bins[pool], scarcity[bins[pool]]))
+    order = pool[by_scarcity]
+    picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
     return picked, bin_table(edges, target, bins[pool], bins[picked])
 
 
-def bin_table(edges, target, candidates, picked) -> list[dict]:
-    """What a bin was to get, what it had to choose from, what it got, and what it lacks."""
-    available, actual = (np.bincount(b, minlength=len(target)) for b in (candidates, picked))
-    table = np.stack([edges[:-1], edges[1:], target, available, actual, target - actual], axis=1)
-    names = ("low", "high", "target", "available", "actual", "shortage")
-    return [dict(zip(names, (*row[:2], *map(int, row[2:])))) for row in table.tolist()]
+def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
+    """High-confidence errors (docs/PAPER.md): wrong self-samples above the perplexity floor, per
+    query the most likely ones, of those the most likely of all."""
+    # Each reason to leave a wrong response out counts those that no earlier one has taken.
+    wrong = (columns.correct == 0) & ~np.isnan(columns.ppl)
+    too_long = wrong & (columns.n_tokens > args.max_tokens_ul)
+    below_floor = wrong & ~too_long & (columns.ppl < args.min_ppl_ul)
+    cut = wrong & ~too_long & ~below_floor & (columns.truncated == 1)
+    if args.truncated_ul == "keep":
+        cut = np.zeros_like(cut)
+    usable = wrong & ~too_long & ~below_floor & ~cut
+    pool = np.flatnonzero(usable)
+    dropped = {
+        "too_long": int(too_long.sum()),
+        "below_floor": int(below_floor.sum()),
+        "truncated": int(cut.sum()),
+    }
+    picked = lowest(columns, pool, columns.ppl, args.n_ul, args.ul_cap)
+    return picked, {"dropped": dropped, "candidates": len(pool)}
 
 
-def select_ce(c: Columns, args):
-    """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
-    pool = np.flatnonzero((c.correct == 1) & ~np.isnan(c.ppl))
-    if not len(pool):
-        die(f"{c.path}: no row is verified correct and scored; nothing to select from")
-    zeros = np.zeros(len(c.query), dtype=int)
-    if args.arm == "sft":
-        order = pool[np.argsort(c.tie[pool], kind="stable")]
-        return fill(order, zeros, np.array([args.n_ce]), c.query, rounds=range(1, args.cap + 1)), {}
-    if args.arm == "sft_lp":
-        pool = pool[c.n_tokens[pool] >= args.min_tokens]
-        return fill_best(pool, c.ppl, c.tie, c.query, args.n_ce, args.cap), {}
-    if args.arm == "longest":
-        return fill_best(pool, -c.n_tokens, c.tie, c.query, args.n_ce, args.cap), {}
-    picked, bins, mu = fill_gaussian(c, pool, args)
-    if args.arm == "length_matched":
-        picked, lengths = fill_length_matched(c, pool, picked, args)
-        return picked, {"mu": mu, "length_bins": lengths}
-    return picked, {"mu": mu, "bins": bins}
-
-
-def select_ul(c: Columns, args):
-    """High-confidence errors: wrong self-samples above the floor, per query the lowest, of those the lowest of all."""
-    wrong = (c.correct == 0) & ~np.isnan(c.ppl)
-    long, low = c.n_tokens > args.max_tokens_ul, c.ppl < args.min_ppl_ul
-    cut = (c.truncated == 1) & (args.truncated_ul == "drop")
-    pool = np.flatnonzero(wrong & ~long & ~low & ~cut)
-    dropped = {"too_long": int((wrong & long).sum()), "below_floor": int((wrong & ~long & low).sum()),
-               "truncated": int((wrong & ~long & ~low & cut).sum())}
-    return fill_best(pool, c.ppl, c.tie, c.query, args.n_ul, args.ul_cap), {"dropped": dropped, "candidates": len(pool)}
-
-
-# ---------------------------------------------------------------------------------------------- select: the stage
-
-
-def copy_rows(c: Columns, picked, objective: str, file):
-    """Second pass: the picked rows, in the order of their file, as rows of the training set."""
-    with open(c.path, "rb") as lines:
-        for i in np.sort(picked):
-            lines.seek(int(c.offset[i]))
-            row = json.loads(lines.readline())
-            for name in ("problem", "response"):
-                if not isinstance(row.get(name), str):
-                    die(f"{c.path}: {row['sid']}: field '{name}' is missing or no text; `verify` writes it")
-            row["objective"] = objective
-            names = ("sid", "pid", "problem", "response", "objective", "ppl", "n_tokens")
-            file.write(json.dumps({name: row[name] for name in names}, ensure_ascii=False) + "\n")
-
-
-def summary(c: Columns, picked, wanted: int) -> dict:
-    """Counts and quantiles of a picked set, for the sidecar and the terminal."""
-    tokens, ppl = c.n_tokens[picked], c.ppl[picked]
-    return {"target": wanted, "actual": len(picked), "shortage": wanted - len(picked),
-            "queries": len(np.unique(c.query[picked])), "tokens": int(tokens.sum()),
-            "n_tokens_quantiles": quantiles(tokens), "ppl_quantiles": quantiles(ppl)}
-
-
-def report(name: str, s: dict):
-    print(f"{name}: {s['actual']:,} of {s['target']:,}" + (f", SHORT BY {s['shortage']:,}" if s["shortage"] else "")
-          + f"; {s['queries']:,} queries, {s['tokens']:,} tokens; quantiles: "
-          + f"tokens {s['n_tokens_quantiles']}, perplexity {s['ppl_quantiles']}")
+# -------------------------------------------------------------------------------- select: the stage
 
 
 def select(args):
-    """scored -> the training set of one arm, and in its sidecar what each bin was to get, got and lacks."""
-    if args.sigma <= 0:
-        die(f"--sigma must be positive, got {args.sigma}")
-    if args.mu_quantile is not None and not 0 <= args.mu_quantile <= 1:
-        die(f"--mu-quantile must lie in [0, 1], got {args.mu_quantile}")
+    """scored -> the training set of one arm; its sidecar has what each bin was to get and got."""
     full = args.arm == "oxa_full"
-    if full and not args.self:
-        die("--arm oxa_full needs --self: the scored self-samples that unlikelihood is drawn from")
     teacher = read_columns(args.teacher, args.seed)
     own = read_columns(args.self, args.seed) if full else None
-    if len(scorers := teacher.scorers | (own.scorers if full else set())) > 1:
-        die(f"perplexities of different models or contexts are mixed: {sorted(map(str, scorers))}")
-    for c in filter(None, (teacher, own)):
-        print(f"{c.path}: " + ", ".join(f"{n:,} {label}" for label, n in c.census().items()))
+    check_one_scorer(teacher, own)
+    print_census(teacher)
+    if full:
+        print_census(own)
 
+    # The cross-entropy set
     ce, details = select_ce(teacher, args)
     if not len(ce):
         die(f"{args.teacher}: no response is left for --arm {args.arm} with these limits")
-    ul, ul_details = select_ul(own, args) if full else ([], {})
-    if full and not len(ul):
-        die(f"{args.self}: no wrong self-sample is left for unlikelihood with these limits ({ul_details})")
+    print_bins(details, args)
+    sets = {"ce": summary(teacher, ce, args.n_ce)}
+    print_set("cross-entropy", sets["ce"])
 
-    if "mu" in details:
-        given = "" if args.mu_quantile is None else f" (quantile {args.mu_quantile})"
-        print(f"Gaussian: mu {details['mu']:.4f}{given}, sigma {args.sigma}")
-    table = [b for b in details.get("bins") or details.get("length_bins") or [] if b["target"]]
-    if table:
-        print(f"  {'perplexity' if 'bins' in details else 'tokens':>17}    target available   actual shortage")
-        for b in table:
-            print(f"  {b['low']:7g} - {b['high']:7g} {b['target']:9,} {b['available']:9,} {b['actual']:8,} "
-                  f"{b['shortage'] or '-':>8}")
-    sets = {"ce": summary(teacher, ce, args.n_ce)} | ({"ul": summary(own, ul, args.n_ul) | ul_details} if full else {})
-    report("cross-entropy", sets["ce"])
+    # The unlikelihood set
+    ul = []
     if full:
-        report("unlikelihood", sets["ul"])
+        ul, ul_details = select_ul(own, args)
+        if not len(ul):
+            die(f"{args.self}: no wrong self-sample is left for unlikelihood with these limits "
+                f"({ul_details})")
+        sets["ul"] = summary(own, ul, args.n_ul) | ul_details
+        print_set("unlikelihood", sets["ul"])
         print(f"  {ul_details['candidates']:,} candidates; dropped: {ul_details['dropped']}")
+
     with common.replace_file(args.out) as file:
         copy_rows(teacher, ce, "ce", file)
         if full:
             copy_rows(own, ul, "ul", file)
-    common.write_meta(args.out, "training", args, [args.teacher, args.self if full else None], rows=len(ce) + len(ul),
-                        **sets, **details, teacher=teacher.census(), self=own.census() if full else None)
+    inputs = [args.teacher, args.self if full else None]
+    common.write_meta(args.out, "training", args, inputs, rows=len(ce) + len(ul), **sets, **details,
+                      teacher=teacher.census(), self=own.census() if full else None)
 
 
-# ----------------------------------------------------------------------------------------------------- show
+def print_census(columns: Columns):
+    counted = [f"{n:,} {label}" for label, n in columns.census().items()]
+    print(f"{columns.path}: " + ", ".join(counted))
 
 
-def show(path, n: int, seed: int, pid=None, sid=None, chars: int = 1500):
-    """Print n rows of a file, drawn at random in one pass (reservoir), or those of a problem or a response."""
-    draw, rows, n_match = random.Random(seed), [], 0
-    for row in common.read_jsonl(path, {"sid": str, "pid": str, "response": str}):
-        if pid not in (None, row["pid"]) or sid not in (None, row["sid"]):
+def check_one_scorer(teacher: Columns, own: Columns | None):
+    scorers = teacher.scorers
+    if own:
+        scorers = scorers | own.scorers
+    if len(scorers) > 1:
+        die("perplexities of different models or contexts are mixed: "
+            f"{sorted(map(str, scorers))}")
+
+
+def summary(columns: Columns, picked, wanted: int) -> dict:
+    """Counts and quantiles of a picked set, for the sidecar and the terminal."""
+    return {
+        "target": wanted,
+        "actual": len(picked),
+        "shortage": wanted - len(picked),
+        "queries": len(np.unique(columns.query[picked])),
+        "tokens": int(columns.n_tokens[picked].sum()),
+        "n_tokens_quantiles": quantiles(columns.n_tokens[picked]),
+        "ppl_quantiles": quantiles(columns.ppl[picked]),
+    }
+
+
+def print_set(name: str, found: dict):
+    line = f"{name}: {found['actual']:,} of {found['target']:,}"
+    if found["shortage"]:
+        line += f", SHORT BY {found['shortage']:,}"
+    line += f"; {found['queries']:,} queries, {found['tokens']:,} tokens"
+    line += f"; quantiles: tokens {found['n_tokens_quantiles']}"
+    line += f", perplexity {found['ppl_quantiles']}"
+    print(line)
+
+
+def print_bins(details: dict, args):
+    """The Gaussian, and the bins that have a target; nothing for an arm without bins."""
+    if "mu" not in details:
+        return
+    given = ""
+    if args.mu_quantile is not None:
+        given = f" (quantile {args.mu_quantile})"
+    print(f"Gaussian: mu {details['mu']:.4f}{given}, sigma {args.sigma}")
+    unit, bins = "perplexity", details.get("bins")
+    if bins is None:
+        unit, bins = "tokens", details["length_bins"]
+    print(f"  {unit:>17}    target available   actual shortage")
+    for b in bins:
+        if b["target"]:
+            between = f"{b['low']:7g} - {b['high']:7g}"
+            counts = f"{b['target']:9,} {b['available']:9,} {b['actual']:8,}"
+            print(f"  {between} {counts} {b['shortage'] or '-':>8}")
+
+
+def copy_rows(columns: Columns, picked, objective: str, file):
+    """Second pass: the picked rows, in the order of their file, as rows of the training set."""
+    with open(columns.path, "rb") as lines:
+        for i in np.sort(picked):
+            lines.seek(int(columns.offset[i]))
+            row = json.loads(lines.readline())
+            for name in ("problem", "response"):
+                if not isinstance(row.get(name), str):
+                    die(f"{columns.path}: {row['sid']}: field '{name}' is missing or no text; "
+                        "`verify` writes it")
+            example = {
+                "sid": row["sid"],
+                "pid": row["pid"],
+                "problem": row["problem"],
+                "response": row["response"],
+                "objective": objective,
+                "ppl": row["ppl"],
+                "n_tokens": row["n_tokens"],
+            }
+            file.write(json.dumps(example, ensure_ascii=False) + "\n")
+
+
+# -------------------------------------------------------------------------------------------- show
+
+
+def show(args):
+    """Print rows of a file: those of a problem or a response, or some drawn at random."""
+    rows, n_match = draw_rows(args)
+    if not n_match:
+        die(f"{args.samples}: no such row")
+    edges = bin_edges(1.0, 5.0, 0.05)
+    for row in rows:
+        facts = (row["sid"], row.get("objective"), verdict_of(row), place_of(row, edges),
+                 f"{row.get('n_tokens')} tokens", row.get("finish"))
+        common.print_row(facts, row.get("problem", ""), row["response"], args.chars)
+    print("=" * 100)
+    print(f"{len(rows)} of {n_match:,} rows of {args.samples}")
+
+
+def draw_rows(args) -> tuple[list[dict], int]:
+    """At most --show of the rows that match, in the order of the file, and how many match.
+
+    One pass: the n-th match replaces a random one of those kept with probability kept / n.
+    """
+    draw = random.Random(args.seed)
+    kept, n_match = [], 0
+    for row in common.read_jsonl(args.samples, {"sid": str, "pid": str, "response": str}):
+        if args.pid not in (None, row["pid"]) or args.sid not in (None, row["sid"]):
             continue
         n_match += 1
-        if len(rows) < n:
-            rows.append((n_match, row))
-        elif (place := draw.randrange(n_match)) < n:
-            rows[place] = (n_match, row)
-    if not n_match:
-        die(f"{path}: no such row")
-    edges = bin_edges(1.0, 5.0, 0.05)
-    for _, row in sorted(rows, key=lambda item: item[0]):
-        verdict = "not verified"
-        if "correct" in row:
-            verdict = f"{LABEL[row['correct']]} ({row.get('status')}), answer {row.get('predicted')!r}"
-        ppl, place = row.get("ppl"), "no perplexity"
-        if ppl is not None:
-            b = int(bin_of(np.array([ppl]), edges)[0])
-            place = f"perplexity {ppl:.4f}, " + (f"bin {edges[b]:g} - {edges[b + 1]:g}" if b >= 0 else "outside [1, 5]")
-        facts = (row["sid"], row.get("objective"), verdict, place, f"{row.get('n_tokens')} tokens", row.get("finish"))
-        common.print_row(facts, row.get("problem", ""), row["response"], chars)
-    print("=" * 100, f"{len(rows)} of {n_match:,} rows of {path}", sep="\n")
+        if len(kept) < args.show:
+            kept.append((n_match, row))
+            continue
+        place = draw.randrange(n_match)
+        if place < args.show:
+            kept[place] = (n_match, row)
+    kept.sort(key=lambda item: item[0])
+    return [row for _, row in kept], n_match
+
+
+def verdict_of(row: dict) -> str:
+    if "correct" not in row:
+        return "not verified"
+    return f"{LABEL[row['correct']]} ({row.get('status')}), answer {row.get('predicted')!r}"
+
+
+def place_of(row: dict, edges) -> str:
+    """Perplexity, and the paper's bin that it lies in."""
+    ppl = row.get("ppl")
+    if ppl is None:
+        return "no perplexity"
+    b = int(bin_of(np.array([ppl]), edges)[0])
+    if b < 0:
+        return f"perplexity {ppl:.4f}, outside [1, 5]"
+    return f"perplexity {ppl:.4f}, bin {edges[b]:g} - {edges[b + 1]:g}"
 
 
 def main(argv=None):
-    args = configuration(argv)
-    if args.command == "show":
-        return show(args.samples, args.show, args.seed, args.pid, args.sid, args.chars)
-    {"verify": verify, "score": score, "select": select}[args.command](args)
-    if args.show and int(os.environ.get("RANK", 0)) == 0:
-        show(args.out, args.show, getattr(args, "seed", 42))
+    args = parse_args(argv)
+    run = {"verify": verify, "score": score, "select": select, "show": show}
+    run[args.command](args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import encode_response, load_model, load_tokenizer, pack_sequences, render_prompt, token_logprobs
+from model import encode_response, load_model, load_tokenizer, pack_sequences, render_prompt
 from tools import report
 from conftest import make_model
 from toy import explain, make_base, world
@@ -183,11 +183,12 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     longer = sections["How the lead closes"]
     assert [row[:2] for row in longer["rows"]] == [["sft", 0], ["sft", 2], ["sft", 4]] and longer["columns"][2] == "id: Pass@1"
     assert longer["rows"][1][2] == longer["rows"][2][2] != longer["rows"][0][2]      # same evaluation after, another before
-    (run / "report" / "figures").mkdir(parents=True)
-    parts = report.explanation(report.Run(run, [0, 1], [], [], {}), run / "report")
-    figures = [f for s in sections.values() for f in s["figures"]]
-    assert len(figures) == 7 and sum(part.startswith("![") for part in parts) == 7
-    assert all((run / "report" / "figures" / Path(f["file"]).name).exists() for f in figures)
+    figures = run / "report" / "figures"
+    figures.mkdir(parents=True)
+    parts = report.explanation(run, figures)
+    files = [Path(f["file"]).name for s in sections.values() for f in s["figures"]]
+    assert sorted(files) == ["ablation_cap.png", "ablation_mu_quantile.png", "choice.png", "choice_contrast.png", "entropy.png"]
+    assert sum(part.startswith("![") for part in parts) == 5 and all((figures / name).exists() for name in files)
 
 
 def test_one_seed_and_no_ablations(tmp_path, model, capsys):

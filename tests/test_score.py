@@ -143,7 +143,7 @@ def test_only_one_verdict_is_scored_and_kept(world, tmp_path):
     every = score(world, tmp_path / "all.jsonl")
     wrong = score(world, tmp_path / "wrong.jsonl", "--only", "wrong")
     assert [r["sid"] for r in wrong] == [r["sid"] for r in every if r["correct"] is False]
-    some = score(world, tmp_path / "correct.jsonl", "--only", "correct", "--show", "1")
+    some = score(world, tmp_path / "correct.jsonl", "--only", "correct")
     assert [r["sid"] for r in some] == [r["sid"] for r in every if r["correct"] is True]
 
 

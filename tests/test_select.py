@@ -179,7 +179,7 @@ def test_plain_sft_is_uniform_over_queries_with_equal_numbers_of_responses(tmp_p
     path, times = write(tmp_path / "t.jsonl", rows), Counter()
     for seed in range(100):
         columns = stage.read_columns(path, seed)
-        args = stage.configuration(["select", "--arm", "sft", "--teacher", "t", "--out", "o", "--n-ce", "10"])
+        args = stage.parse_args(["select", "--arm", "sft", "--teacher", "t", "--out", "o", "--n-ce", "10"])
         picked, _ = stage.select_ce(columns, args)
         assert len(set(columns.query[picked].tolist())) == 10, "one per query"
         times.update(picked.tolist())
@@ -220,20 +220,6 @@ def test_a_selection_depends_on_the_seed_and_not_on_the_order_of_the_rows(tmp_pa
     sids = lambda rows, seed: {r["sid"] for r in run(tmp_path, arm, rows, n_ce=60, seed=seed)[0]}
     first = sids(rows, 42)
     assert sids(rows[::-1], 42) == first and sids(rows, 43) != first
-
-
-def test_rows_are_read_without_their_text():
-    draw = random.Random(0)
-    for _ in range(2000):
-        text = "".join(draw.choices(['"', "\\", ", ", '", "', "x", '"response": "', "\n", "é", "}"], k=draw.randint(0, 12)))
-        row = {"sid": draw.choice(["a", 'b"response": "c', "\\"]), "response": text, "ppl": 2.0, "note": 'say "response": "no"'}
-        if draw.random() < 0.3:
-            row = dict(reversed(row.items()))                       # the text last, or before other strings
-        line = (json.dumps(row, ensure_ascii=draw.random() < 0.5) + "\n").encode()
-        light = json.loads(common.without_text(line))
-        assert {**light, "response": text} == row and light["response"] in ("", text)
-    line = json.dumps({"sid": "a", "response": 'x"y' * 1000, "n_tokens": 1}).encode()
-    assert len(common.without_text(line)) < 60, "the text is gone before the row is parsed"
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
