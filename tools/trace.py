@@ -32,18 +32,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import model as model_room
-from model import distribute, gradient_sync, load_model, pack_sequences, token_logprobs
+from model import (
+    TokenLogprobs, distribute, gradient_sync, load_model, pack_sequences, token_logprobs)
 from tools import plan
-
-
-class TokenLogprobs(torch.nn.Module):
-    def __init__(self, model, temperature):
-        super().__init__()
-        self.model, self.temperature = model, temperature
-
-    def forward(self, pack):
-        return token_logprobs(self.model, pack, self.temperature, entropy=True)
-
 
 CACHE = Path(__file__).with_name("trace.json")
 MODELS = {"0.5b": "Qwen2.5-0.5B", "1.5b": "Qwen2.5-Math-1.5B", "7b": "Qwen2.5-Math-7B"}
