@@ -75,7 +75,9 @@ def parse_args(argv=None):
     add("--warmup", type=float, default=0.03,
         help="share of the steps that warm up; then cosine to 0")
     add("--weight-decay", type=float, default=0.1,
-        help="AdamW's weight decay")
+        help="AdamW's weight decay, not on biases and the layers' norms (as published)")
+    add("--decay-all", action="store_true",
+        help="weight decay on every parameter")
     add("--grad-clip", type=float, default=1.0,
         help="clips the gradient norm to this (0: no limit)")
     add("--max-tokens", type=int, default=32768,
@@ -308,6 +310,17 @@ def accumulate_gradient(policy, data: Data, packs, weights: dict, args, dist) ->
     return common.sum_over_ranks(sums)
 
 
+def parameter_groups(model, args) -> list[dict]:
+    """AdamW's groups: parameters with weight decay, and those without."""
+    decayed, spared = [], []
+    for name, weight in model.named_parameters():
+        # The published scripts spare biases and the layers' norms, not the final norm.
+        is_spared = name.endswith(".bias") or "layernorm" in name
+        (spared if is_spared and not args.decay_all else decayed).append(weight)
+    return [{"params": decayed, "weight_decay": args.weight_decay},
+            {"params": spared, "weight_decay": 0.0}]
+
+
 def learning_rate(step: int, n_steps: int, args) -> float:
     """Of `step` (from 1): linear warm-up, then cosine to 0."""
     warmup = max(1, round(args.warmup * n_steps))
@@ -383,8 +396,8 @@ def main(argv=None):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = distribute(TokenLogprobs(model), dist, args.shard)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, betas=(0.9, 0.95),
+                                  fused=True)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
 
     # The fullest pack of the whole set at weight 0, thrown away: an out-of-memory shows at once.

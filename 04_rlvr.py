@@ -312,14 +312,17 @@ def token_weights(rollouts, args, device) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- packs
 
 
-def plan_rollouts(rollouts, args) -> list[list[int]]:
-    """Micro-batches, as places in `rollouts`: at most --token-budget tokens each, prompts included.
+def plan_rollouts(rollouts, chosen, args) -> list[list[int]]:
+    """Micro-batches of the `chosen` places in `rollouts`: at most --token-budget tokens each, prompts included.
 
     Short rollouts of one problem stay together, up to half of the budget: a pack reads their prompt
     once.
     """
+    if not chosen:
+        return []
     bundles, sizes = [], []
-    for i, r in enumerate(rollouts):
+    for i in chosen:
+        r = rollouts[i]
         size = len(r.prompt_ids) + len(r.ids)
         is_sibling = bool(bundles) and rollouts[bundles[-1][0]].pid == r.pid
         if is_sibling and sizes[-1] + size <= args.token_budget // 2:
@@ -329,9 +332,9 @@ def plan_rollouts(rollouts, args) -> list[list[int]]:
             bundles.append([i])
             sizes.append(size)
     packs = []
-    for chosen in plan_packs(sizes, args.token_budget)[0]:
+    for indices in plan_packs(sizes, args.token_budget)[0]:
         places = []
-        for b in chosen:
+        for b in indices:
             places += bundles[b]
         packs.append(places)
     return packs
@@ -347,7 +350,7 @@ def pack_rollouts(members, device):
 def score(reference, rollouts, args, device) -> list[torch.Tensor]:
     """[L] of each rollout: its tokens under the starting model, at the sampling temperature."""
     logps = [None] * len(rollouts)
-    for places in plan_rollouts(rollouts, args):
+    for places in plan_rollouts(rollouts, range(len(rollouts)), args):
         members = [rollouts[i] for i in places]
         logp, _ = token_logprobs(reference, pack_rollouts(members, device), args.temperature)
         for i, part in zip(places, logp.split([len(r.ids) for r in members])):
@@ -444,8 +447,7 @@ def accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_lo
     no rank waits for an exchange that never comes.
     """
     live = [i for i in range(len(rollouts)) if weights[i] > 0]
-    plan = plan_rollouts([rollouts[i] for i in live], args) if live else []
-    packs = [[live[j] for j in places] for places in plan]
+    packs = plan_rollouts(rollouts, live, args)
     n_passes = int(common.all_reduce_max(torch.tensor(len(packs), device=dist.device)))
 
     sums = {}

@@ -240,8 +240,10 @@ def plan_packs(lengths: list[int], budget: int, n_ranks: int = 1) -> list[list[l
         of_rank[cheapest].append(i)
         cost[cheapest] += lengths[i] * (1 + lengths[i] / ATTENTION_KNEE)
 
-    tokens = [sum(lengths[i] for i in indices) for indices in of_rank]
-    n_packs = max(1, math.ceil(max(tokens) / budget))
+    heaviest = 0
+    for indices in of_rank:
+        heaviest = max(heaviest, sum(lengths[i] for i in indices))
+    n_packs = max(1, math.ceil(heaviest / budget))
     while True:
         plan = [fill_packs(indices, lengths, budget, n_packs) for indices in of_rank]
         if None not in plan:
@@ -320,12 +322,14 @@ def cpu_attention(query, key, value, scaling, pack):
 
 
 class OutputLayer(torch.autograd.Function):
-    """hidden [N, H], weight [V, H], targets [N] -> log p(target) [N], entropy [N], a chunk of rows
-    at a time.
+    """hidden [N, H], weight [V, H], targets [N] -> log p(target) [N], entropy [N], chunk by chunk.
 
-    Forward keeps only the two parts of each row's log-normaliser; backward makes the chunk's logits
-    again. With z = h W' / T, d logp / dz = 1[target] - softmax(z), so any loss on logp is exact.
-    Entropy is a measurement: no gradient.
+    Forward keeps three numbers of each row; backward makes the chunk's logits again. With
+    z = h W' / T, d logp / dz = 1[target] - softmax(z), so any loss on logp is exact. Entropy is a
+    measurement: no gradient.
+
+    Near p = 1, where unlikelihood looks, 1 - p is what counts: the likeliest token is left out of
+    the sum of exponentials (log Z = max + log1p(rest)), and 1 - p is -expm1(logp).
     """
 
     @staticmethod
@@ -340,23 +344,22 @@ class OutputLayer(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         w = weight.to(hidden.dtype)
         logp = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        top = torch.empty_like(logp)
-        log_total = torch.empty_like(logp)
+        top = torch.empty_like(logp)                # the largest logit
+        log_total = torch.empty_like(logp)          # log Z - top
         entropy = torch.empty_like(logp) if want_entropy else None
         for rows in OutputLayer.chunks(hidden, weight):
             z = (hidden[rows] @ w.T).to(wide).div_(temperature)             # [n, V]
-            top[rows] = z.max(dim=1).values
-            z.sub_(top[rows, None])
-            target_z = z.gather(1, targets[rows, None])[:, 0]  # z_t - max
-            p = z.exp()
-            total = p.sum(dim=1)
-            log_total[rows] = total.log()
-            # (z_t - max) - log total keeps the digits near p = 1 that z_t - (max + log total)
-            # rounds away.
+            largest, likeliest = z.max(dim=1, keepdim=True)                 # [n, 1]
+            z.sub_(largest)
+            target_z = z.gather(1, targets[rows, None])[:, 0]
+            p = z.exp().scatter_(1, likeliest, 0.0)                         # times Z, but for the top
+            rest = p.sum(dim=1)
+            top[rows] = largest[:, 0]
+            log_total[rows] = rest.log1p()
             logp[rows] = target_z - log_total[rows]
-            if want_entropy:                              # H = log Z - E[z]
-                entropy[rows] = total.log() - p.mul_(z).sum(dim=1) / total
-        ctx.save_for_backward(hidden, weight, targets, top, log_total)
+            if want_entropy:                        # H = log Z - E[z], and z is 0 at the top
+                entropy[rows] = log_total[rows] - p.mul_(z).sum(dim=1) / (1 + rest)
+        ctx.save_for_backward(hidden, weight, targets, top, log_total, logp)
         ctx.temperature = temperature
         if want_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -364,7 +367,7 @@ class OutputLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, _):
-        hidden, weight, targets, top, log_total = ctx.saved_tensors
+        hidden, weight, targets, top, log_total, logp = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
@@ -372,10 +375,11 @@ class OutputLayer(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=top.dtype)
         for rows in OutputLayer.chunks(hidden, weight):
             z = (hidden[rows] @ w.T).to(top.dtype).div_(ctx.temperature)    # [n, V]
-            scale = (grad_logp[rows] / ctx.temperature)[:, None]
             p = z.sub_(top[rows, None]).sub_(log_total[rows, None]).exp_()
-            dz = p.mul_(-scale)  # -g softmax(z)
-            dz.scatter_add_(1, targets[rows, None], scale)  # +g at the target
+            scale = (grad_logp[rows] / ctx.temperature)[:, None]
+            dz = p.mul_(-scale)                                             # -g softmax(z)
+            one_less_p = -torch.expm1(logp[rows, None])
+            dz.scatter_(1, targets[rows, None], scale * one_less_p)         # +g (1 - p) at the target
             dz = dz.to(hidden.dtype)
             grad_hidden[rows] = dz @ w
             if grad_weight is None:
@@ -490,8 +494,8 @@ def check_positions(config, needed: int, what: str):
     thought."""
     if needed > config.max_position_embeddings:
         die(f"{what} needs {needed} positions, the model has max_position_embeddings = "
-            f"{config.max_position_embeddings}; prepare the base first (python -m tools.prepare_base) "
-            "or lower the limit")
+            f"{config.max_position_embeddings}; prepare the base first "
+            "(python -m tools.prepare_base) or lower the limit")
 
 
 # ---------------------------------------------------------------------- training on several ranks

@@ -249,3 +249,25 @@ def test_response_tokens_end_with_the_end_of_turn_and_markup_in_the_text_stays_t
 
 def test_control_characters_cannot_drive_the_terminal():
     assert common.printable("x\x1b[2J\r é\n√") == "x\\x1b[2J\\r é\n√"
+
+
+def test_suppression_is_exact_where_the_model_is_surest():
+    """Large logits, p near 1: -log(1 - p) and its gradient from float32 logits against float64 (the surest rows decide)."""
+    import importlib
+    unlikelihood = importlib.import_module("03_train_oxa").unlikelihood
+    gaps = torch.linspace(3, 13, 41, dtype=torch.float64)                 # p up to 1 - 2e-6, where the clamp begins
+    hidden = torch.eye(41, dtype=torch.float64)
+    weight = torch.zeros(3, 41, dtype=torch.float64)
+    weight[0] = torch.round((40 + gaps) * 2**16) / 2**16                  # 43 to 53, exact in float32
+    weight[1], weight[2] = 40.0, 20.0
+    targets = torch.zeros(41, dtype=torch.long)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        w = weight.to(dtype).requires_grad_()
+        logp, _ = OutputLayer.apply(hidden.to(dtype), w, targets, 1.0, False)
+        loss = unlikelihood(logp)
+        loss.sum().backward()
+        results.append((loss.detach().double(), w.grad.double()))
+    (loss, grad), (exact_loss, exact_grad) = results
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, exact_grad, rtol=1e-5, atol=1e-6)

@@ -157,7 +157,7 @@ def test_loss_and_gradient_equal_a_plain_computation(tmp_path_factory, flags):
         model.zero_grad()
     stats, _ = gradient(policy, rollouts, rewards, args, reference, old_logps)
     loss, expected = plain_loss(path, ref_path, rollouts, rewards, old_logps, args)
-    assert len(rlvr.plan_rollouts(rollouts, args)) > 1, "the batch has to be split"
+    assert len(rlvr.plan_rollouts(rollouts, range(len(rollouts)), args)) > 1, "the batch has to be split"
     assert stats["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
     scale = max(float(g.abs().max()) for g in expected.values())
     for name, p in model.named_parameters():
@@ -185,7 +185,7 @@ def test_on_policy_ratio_is_one_and_an_old_policy_pass_changes_nothing(tiny_mode
 @pytest.mark.parametrize("budget, together", [(140, True), (20, False)])
 def test_rollouts_of_a_problem_share_a_pack_that_reads_their_prompt_once_where_they_are_short(budget, together):
     rollouts, _ = fixed_rollouts(8, 4)
-    packs = rlvr.plan_rollouts(rollouts, configure("--token-budget", budget))
+    packs = rlvr.plan_rollouts(rollouts, range(32), configure("--token-budget", budget))
     size = lambda places: sum(len(rollouts[i].prompt_ids) + len(rollouts[i].ids) for i in places)
     assert sorted(i for places in packs for i in places) == list(range(32)) and len(packs) > 1
     assert all(size(places) <= budget for places in packs)

@@ -197,6 +197,34 @@ def test_the_gradient_is_clipped_to_the_limit_and_0_is_no_limit():
         assert abs(float(layer.weight.grad.norm()) - left) < 1e-5
 
 
+def test_weight_decay_spares_biases_and_the_norms_of_layers(world, tmp_path):
+    model = load_model(world[0], trainable=True)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    decayed, spared = train.parameter_groups(model, train.parse_args(arguments(world, tmp_path)))
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    spared = {names[id(weight)].split(".", 3)[-1] for weight in spared["params"]}
+    assert spared == {"input_layernorm.weight", "post_attention_layernorm.weight",
+                      *(f"self_attn.{name}_proj.bias" for name in "qkv")}
+    assert "model.norm.weight" in {names[id(weight)] for weight in decayed["params"]}
+    everything, nothing = train.parameter_groups(model, train.parse_args(arguments(world, tmp_path, "--decay-all")))
+    assert len(everything["params"]) == len(names) and not nothing["params"]
+
+
+def test_tokens_are_made_again_when_what_they_depend_on_has_changed(world, tmp_path):
+    def tokens(*more):
+        train.tokenize(train.parse_args(arguments(world, tmp_path, *more)), byte_tokenizer(), 2048)
+        return len(train.Data(tmp_path).lengths)
+
+    whole = tokens()
+    assert tokens("--max-tokens", "190") < whole == tokens(), "another limit gives another set"
+    before = (tmp_path / "tokens.bin").stat()
+    assert tokens() == whole and (tmp_path / "tokens.bin").stat().st_mtime_ns == before.st_mtime_ns, "a whole cache is kept"
+    os.truncate(tmp_path / "tokens.bin", before.st_size - 4)
+    assert tokens() == whole and (tmp_path / "tokens.bin").stat().st_size == before.st_size, "a cut one is noticed"
+    (tmp_path / "tokens.npz").write_bytes(b"PK torn")
+    assert tokens() == whole
+
+
 def test_training_promotes_and_suppresses(world, tmp_path):
     last = {}
     for weight in ("0.0", "1.0"):
