@@ -23,7 +23,7 @@ def scored_rows(n_queries, per_query, seed, source="teacher", spread=0.6, length
     for q in range(n_queries):
         for k in range(per_query):
             ppl = round(draw.gauss(2.6, spread), draw.choice([1, 2, 2, 6]))
-            ppl = draw.choice([ppl] * 12 + [5.0, 1.0, 4.95, 1.15, 1.2, 5.000001, 0.99, 7.5])
+            ppl = draw.choice([max(ppl, 1.0)] * 12 + [5.0, 1.0, 4.95, 1.15, 1.2, 5.000001, 9.0, 7.5])
             rows.append({"sid": f"p{q}:{source}:{k}", "pid": f"p{q}", "source": source, "k": k, "seed": 1,
                          "response": f"<think> {k} </think> \\boxed{{{q}}}", "n_tokens": draw.randint(*lengths),
                          "finish": draw.choice(["stop"] * 9 + ["length"]), "predicted": str(q),
