@@ -128,8 +128,9 @@ def parse_args(argv=None):
     p.add_argument("--min-ppl-ul", type=float, default=1.2,
                    help="floor of unlikelihood; below it text is degenerate")
     p.add_argument("--max-tokens-ul", type=int, default=25000, help="drop longer self-samples")
-    p.add_argument("--truncated-ul", choices=("keep", "drop"), default="keep",
-                   help="wrong self-samples that were cut at the length limit")
+    p.add_argument("--truncated-ul", choices=("keep", "drop"), default="drop",
+                   help="wrong self-samples that were cut at the length limit (drop: the paper's, "
+                        "which samples further than --max-tokens-ul and drops what is longer)")
     p.add_argument("--seed", type=int, default=42, help="of ties and of random picks")
 
     p = common.add_command(commands, "show", "a readable look at rows of a samples, verified, "

@@ -73,7 +73,7 @@ def write_run(path, seeds=(0, 1), arms=tuple(RATES), rlvr=("sft", "oxa_full"), e
             if arm in rlvr:
                 write_eval(folder / arm / "eval_rlvr", rates[arm] + 0.2, rng, entropy)
                 write_rows(folder / arm / "rlvr" / "metrics.jsonl", [
-                    {"step": i + 1, "reward": rates[arm] + i / 200, "entropy": 0.5 - i / 200,
+                    {"step": i + 1, "reward": rates[arm] + i / 200, "entropy": RATES[arm] + 0.5 - i / 200,
                      "tokens_per_second_rollout": 50, "seconds_rollout": 10,
                      "response_tokens_mean": 60 + i, "truncated": 0.1} for i in range(40)])
     return path
@@ -130,7 +130,7 @@ def test_numbers_equal_independent_ones(run):
 def test_text_shows_the_summary(run):
     text, found = text_of(run), summary_of(run)
     value = found["arms"]["oxa_full"]["before"]["average"]["pass_at_1"]
-    arms = text.split("### Average over benchmarks")[1].split("###")[0]
+    arms = text.split("### Average over id, hard")[1].split("###")[0]
     assert f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" in arms
     main = next(x for x in found["claims"] if (x["arm"], x["reference"]) == ("oxa_full", "sft"))["claims"]
     n_good = sum(main[name]["verdict"] == "reproduced" for name in ("C1", "C2", "C3", "C4"))
@@ -219,6 +219,55 @@ def test_contrast_and_explanation(run, tmp_path):
     shown = found["arms"]["sft"]["before"]["id"]
     assert shown["pass_at_k"]["value"] == pytest.approx(independent(run, "sft", "eval", 4, "id"), abs=1e-12)
     assert shown["pass_at_n"]["value"] == pytest.approx(independent(run, "sft", "eval", 8, "id"), abs=1e-12)
+
+
+def add_benchmark(path, name, n, correct_of):
+    """A benchmark more in every evaluation of a run: `n` samples a problem, correct_of(arm) of them right."""
+    for results in path.rglob("results.json"):
+        arm = results.parts[-3]
+        write_rows(results.with_name(f"{name}.problems.jsonl"), [
+            {"pid": f"{name}-{i}", "n": n, "n_correct": correct_of(arm), "n_truncated": 0, "mean_tokens": 9.0, "entropy": 1.0}
+            for i in range(50)])
+        found = json.loads(results.read_text())
+        found["benchmarks"][name] = {}
+        results.write_text(json.dumps(found))
+
+
+def test_math500_stands_beside_claims_and_average(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    add_benchmark(tmp_path / "run", "math500", 4, lambda arm: 4 if arm == "sft" else 0)
+    report.main([str(tmp_path / "run")])
+    before, now = summary_of(run), summary_of(tmp_path / "run")
+    claims = lambda summary: [comparison["claims"] for comparison in summary["claims"]]
+    assert claims(now) == claims(before) and now["averaged_over"] == ["id", "hard"]
+    assert now["arms"]["sft"]["before"]["average"] == before["arms"]["sft"]["before"]["average"]
+    assert now["arms"]["sft"]["before"]["math500"]["pass_at_1"]["value"] == 1
+    assert "### math500 (50 problems; in no claim and no average)" in text_of(tmp_path / "run")
+    report.main([str(tmp_path / "run"), "--k", "8"])            # more than math500 has, so it has no Pass@8
+    shown = summary_of(tmp_path / "run")["arms"]["sft"]["before"]
+    assert shown["math500"]["pass_at_k"] is None and shown["average"]["pass_at_k"] == before["arms"]["sft"]["before"]["average"]["pass_at_n"]
+    report.main([str(tmp_path / "run"), "--beside"])
+    now = summary_of(tmp_path / "run")
+    assert now["averaged_over"] == ["id", "hard", "math500"] and claims(now) != claims(before)
+
+
+def test_k_above_the_samples_drawn_is_refused(run, tmp_path, capsys):
+    for k, flags in ((9, []), (5, ["--beside", "hard"])):
+        shutil.copytree(run, tmp_path / str(k))
+        if k == 5:
+            add_benchmark(tmp_path / str(k), "id", 4, lambda arm: 0)
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(tmp_path / str(k)), "--k", str(k), *flags])
+        assert stop.value.code == 2 and f"too few for --k {k}" in capsys.readouterr().err
+
+
+def test_entropy_of_the_trainers_first_step_stands_beside_c3(run):
+    shown = next(x for x in summary_of(run)["claims"] if (x["arm"], x["reference"]) == ("oxa_full", "sft"))
+    assert shown["claims"]["C3"]["at_rl_step_1"] == {"value": pytest.approx(RATES["oxa_full"] - RATES["sft"]), "seeds": 2}
+    row = next(line for line in text_of(run).splitlines() if line.startswith("| C3") and "oxa_full − sft" in line)
+    assert "at step 1 of RLVR: +0.350" in row
+    other = next(x for x in summary_of(run)["claims"] if (x["arm"], x["reference"]) == ("oxa_mle", "sft"))
+    assert other["claims"]["C3"]["at_rl_step_1"] is None, "no RLVR of oxa_mle, so nothing beside"
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):

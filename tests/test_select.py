@@ -160,10 +160,11 @@ def test_lowest_perplexity_and_longest_equal_the_plain_rules(tmp_path, cap, n):
     assert {r["sid"] for r in picked} == plain_lowest(usable, tie, lambda r: -r["n_tokens"], n, cap)
 
 
-@pytest.mark.parametrize("cap,n,truncated", [(1, 30, "keep"), (1, 5000, "drop"), (3, 90, "keep")])
+@pytest.mark.parametrize("cap,n,truncated", [(1, 30, "keep"), (1, 5000, "drop"), (3, 90, "keep"), (2, 5000, None)])
 def test_high_confidence_errors_equal_the_plain_rules(tmp_path, cap, n, truncated):
     teacher, own = scored_rows(80, 6, 7), scored_rows(80, 6, 8, "self", spread=1.2)
-    picked, meta = run(tmp_path, "oxa_full", teacher, own, n_ce=50, n_ul=n, ul_cap=cap, max_tokens_ul=55, truncated_ul=truncated)
+    flags = {"truncated_ul": truncated} if truncated else {}                     # None: the default, which drops them
+    picked, meta = run(tmp_path, "oxa_full", teacher, own, n_ce=50, n_ul=n, ul_cap=cap, max_tokens_ul=55, **flags)
     wrong = [r for r in own if r["correct"] is False and r["ppl"] is not None]
     usable = [r for r in wrong if r["ppl"] >= 1.2 and r["n_tokens"] <= 55 and (truncated == "keep" or r["finish"] == "stop")]
     ul = [r for r in picked if r["objective"] == "ul"]

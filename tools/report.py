@@ -14,7 +14,9 @@ problems and seeds (`common.bootstrap`). The rule of the verdict, fixed before a
 
 C4 has two parts, C1 and C2 after RLVR: reproduced if both are, not reproduced if either is not.
 With one seed the interval knows problems only, and the report says so. Pass@k is taken at k = n,
-the samples drawn, or at --k.
+the samples drawn, or at --k. Claims and averages are over all benchmarks but those of --beside
+(the paper's six, without MATH-500), which have tables of their own. Beside C3 stands the entropy
+that the RL trainer logs at its first step (04's `entropy`), the one that the published code logs.
 
 What is missing (an arm, RLVR, the base, a stage's log) is left out; nothing is made up for it.
 RUN_DIR/explain.json, if there, is shown as a section of its own: a list of {"title", "text",
@@ -84,6 +86,8 @@ def parse_args(argv=None):
                    help="a second run, its claims shown as well")
     p.add_argument("--k", type=int, default=0,
                    help="k of the claims about Pass@k (0: all samples drawn)")
+    p.add_argument("--beside", nargs="*", default=["math500"], metavar="BENCHMARK",
+                   help="shown, but in no claim and no average")
     args = common.parse_args(p, "report", argv)
     common.check_range(args, k=0)
     return args
@@ -99,7 +103,8 @@ class Run:
     k: int              # of Pass@k; 0: all samples drawn
     seeds: list
     arms: list
-    benchmarks: list
+    benchmarks: list    # all that were evaluated
+    counted: list       # those in claims and averages
     tables: dict        # tables[seed, arm, when, benchmark] = {pid: row of 05's problem table}
     graders: Counter
 
@@ -108,7 +113,7 @@ class Run:
         return self.path.resolve().name
 
 
-def load_run(path, k=0) -> Run:
+def load_run(path, k=0, beside=()) -> Run:
     path = Path(path)
     tables, graders = {}, Counter()
     for folder in sorted(path.glob("seed-*/*")):
@@ -126,7 +131,21 @@ def load_run(path, k=0) -> Run:
                    "run the pipeline first")
     seeds, arms, _, benchmarks = map(dict.fromkeys, zip(*tables))    # each once, in order
     arms = [arm for arm in STYLES if arm in arms] + [arm for arm in arms if arm not in STYLES]
-    return Run(path, k, sorted(seeds), arms, list(benchmarks), tables, graders)
+    counted = [b for b in benchmarks if b not in beside]
+    if not counted:
+        common.die(f"{path}: all benchmarks ({', '.join(benchmarks)}) stand beside the average; "
+                   "name fewer with --beside (without a name: none)")
+    check_k(path, k, tables, counted)
+    return Run(path, k, sorted(seeds), arms, list(benchmarks), counted, tables, graders)
+
+
+def check_k(path, k, tables, counted):
+    """Pass@k of fewer than k samples is not defined."""
+    for (seed, arm, _, b), table in tables.items():
+        fewest = min(row["n"] for row in table.values())
+        if b in counted and k > fewest:
+            common.die(f"{path}, seed {seed}: {arm} has {fewest} samples a problem on {b}, too few "
+                       f"for --k {k}; draw more, or name a k of at most {fewest}")
 
 
 # ------------------------------------------------------------------------------ effects, verdicts
@@ -146,6 +165,8 @@ def measured(row, measure, k):
     if measure == "n_truncated":
         return row["n_truncated"] / n
     k = {"k": k or n, "n": n}.get(measure, measure)
+    if k > n:                               # on a benchmark that stands beside
+        return math.nan
     return common.pass_at_k(n, n_correct, k)
 
 
@@ -190,7 +211,7 @@ def estimate(run, measure, arm, reference=None, when="before", benchmarks=None):
     """
     arms = [arm] if reference is None else [arm, reference]
     seeds, evaluated = in_common(run, arms, when)
-    benchmarks = [b for b in benchmarks or run.benchmarks if b in evaluated]
+    benchmarks = [b for b in benchmarks or run.counted if b in evaluated]
     if not seeds or not benchmarks:
         return None
     groups, n_problems, same_problems = [], 0, True
@@ -201,7 +222,7 @@ def estimate(run, measure, arm, reference=None, when="before", benchmarks=None):
         n_problems += len(pids)
         groups.append([as_columns(values) for values in of_seeds])
     if any(np.isnan(values).any() for of_seeds in groups for values in of_seeds):
-        return None                                       # entropy was not measured
+        return None                                       # not measured, or not defined
     value, low, high = common.bootstrap(groups, same_problems)
     if measure not in ("entropy", "mean_tokens"):         # a share, or a difference of two
         low, high = np.clip([low, high], -1.0 if reference else 0.0, 1.0)
@@ -225,8 +246,9 @@ def all_of(verdicts) -> str:
 
 
 def judge_claims(run) -> dict:
-    """{(arm, reference): {claim: effect, with what is claimed, its verdict, and `at_n`: the same at
-    k = n}}. C4 is {verdict, parts: {part: effect}}. What cannot be judged is left out."""
+    """{(arm, reference): {claim: effect, with what is claimed, its verdict, and what stands beside
+    it (`at_n`: the same at k = n; `at_rl_step_1`)}}. C4 is {verdict, parts: {part: effect}}. What
+    cannot be judged is left out."""
     judged = {}
     for reference in (REFERENCE, *CONTROLS):
         for arm in MAIN_ARMS:
@@ -235,8 +257,11 @@ def judge_claims(run) -> dict:
                 effect = estimate(run, measure, arm, reference, when)
                 if effect is None:
                     continue
-                at_n = estimate(run, "n", arm, reference, when) if measure == "k" else None
-                effect |= {"claim": text, "verdict": verdict(effect), "at_n": at_n}
+                effect |= {"claim": text, "verdict": verdict(effect)}
+                if measure == "k":
+                    effect["at_n"] = estimate(run, "n", arm, reference, when)
+                if measure == "entropy":
+                    effect["at_rl_step_1"] = entropy_at_rl_start(run, arm, reference)
                 if part:
                     found.setdefault(claim, {"parts": {}})["parts"][part] = effect
                 else:
@@ -247,6 +272,28 @@ def judge_claims(run) -> dict:
             if found:
                 judged[arm, reference] = found
     return judged
+
+
+def entropy_at_rl_start(run, arm, reference):
+    """{value, seeds}: the difference of the entropies that 04 logs at its first step (nats, mean
+    over tokens, RL prompts and temperature), or None if there was no RLVR."""
+    differences = []
+    for seed in run.seeds:
+        first = []
+        for of_arm in (arm, reference):
+            rows = read_metrics(run, seed, of_arm, "rlvr")
+            first += [row["entropy"] for row in rows if row["step"] == 1]
+        if len(first) == 2:
+            differences.append(first[0] - first[1])
+    if not differences:
+        return None
+    return {"value": float(np.mean(differences)), "seeds": len(differences)}
+
+
+def read_metrics(run, seed, arm, stage) -> list[dict]:
+    """metrics.jsonl of a training run; none if it left none."""
+    path = run.path / f"seed-{seed}" / arm / stage / "metrics.jsonl"
+    return list(common.read_jsonl(path, {"step": int})) if path.exists() else []
 
 
 def effects(found) -> list[tuple]:
@@ -261,8 +308,8 @@ def effects(found) -> list[tuple]:
 def arm_summary(run) -> dict:
     """{arm: {when: {benchmark or "average": {name: estimate}}}}"""
     places = {b: [b] for b in run.benchmarks}
-    if len(run.benchmarks) > 1:
-        places["average"] = run.benchmarks
+    if len(run.counted) > 1:
+        places["average"] = run.counted
     summary = {}
     for arm in run.arms:
         for when in WHEN:
@@ -295,7 +342,10 @@ def table(head, rows) -> str:
 
 def labels_of(run) -> tuple[str, str]:
     """What Pass@k and Pass@n are called: ("Pass@8", "Pass@32")."""
-    drawn = {row["n"] for table in run.tables.values() for row in table.values()}
+    drawn = set()
+    for (_, _, _, b), table in run.tables.items():
+        if b in run.counted:
+            drawn |= {row["n"] for row in table.values()}
     label_n = f"Pass@{drawn.pop()}" if len(drawn) == 1 else "Pass@n"
     return f"Pass@{run.k}" if run.k else label_n, label_n
 
@@ -308,8 +358,10 @@ def claims_table(run, claims) -> str:
         difference = f"{arm} − {reference}"
         for name, e in effects(found):
             beside = ""
-            if e["at_n"] and label_k != label_n:
+            if e.get("at_n") and label_k != label_n:
                 beside = f"{label_n}: {number(e['at_n'], '+')}"
+            if e.get("at_rl_step_1"):
+                beside = f"at step 1 of RLVR: {e['at_rl_step_1']['value']:+.3f}"
             rows.append([name, e["claim"], difference, number(e, "+"), beside, e["seeds"],
                          e["n_problems"], e["verdict"]])
         if "C4" in found:
@@ -507,9 +559,7 @@ def metric_of_seeds(run, arm, stage, name):
     """[S, T] over the steps that every seed has, or None without the metric."""
     series = []
     for seed in run.seeds:
-        path = run.path / f"seed-{seed}" / arm / stage / "metrics.jsonl"
-        rows = common.read_jsonl(path) if path.exists() else []
-        values = [row.get(name) for row in rows]
+        values = [row.get(name) for row in read_metrics(run, seed, arm, stage)]
         if any(values):                         # an arm without unlikelihood has nulls or zeros
             series.append(values)
     if not series:
@@ -537,6 +587,9 @@ def first_paragraph(run, claims) -> str:
     missing = [name for name in ("C1", "C2", "C3", "C4") if name not in found]
     if missing:
         text += f" Not measured in this run: {', '.join(missing)}."
+    some = {b for _, e in effects(found) for b in run.counted if b not in e["benchmarks"]}
+    if some:
+        text += f" Not evaluated by both, so not in every claim: {', '.join(sorted(some))}."
     if any(e["seeds"] == 1 for _, e in effects(found)):
         text += (" **One seed: intervals are over problems only**, and say nothing of how another "
                  "training run would have ended.")
@@ -582,10 +635,11 @@ def compose(run, claims, other, summary, facts, out) -> list[str]:
         parts += [f"## The contrast: {other[0].name}", first_paragraph(*other),
                   claims_table(*other)]
     parts += ["## Arms", "Means over seeds, with 95 % intervals over problems and seeds."]
-    if len(run.benchmarks) > 1:
-        parts += ["### Average over benchmarks", arms_table(run, summary, "average")]
+    if len(run.counted) > 1:
+        parts += [f"### Average over {', '.join(run.counted)}", arms_table(run, summary, "average")]
     for b in run.benchmarks:
-        parts += [f"### {b} ({n_problems(run, b)} problems)", arms_table(run, summary, b)]
+        beside = "" if b in run.counted else "; in no claim and no average"
+        parts += [f"### {b} ({n_problems(run, b)} problems{beside})", arms_table(run, summary, b)]
     parts += ["## Pass@k", figure_pass_at_k(run, figures)]
     parts += explanation(run.path, figures)
     parts += ["## Training", figure_perplexity(run, figures),
@@ -607,6 +661,7 @@ def write_summary(worlds, summary, facts, hashes, path):
     content = {
         "schema": "summary", "schema_version": common.SCHEMA_VERSION, "run": run.name,
         "seeds": run.seeds, "benchmarks": {b: n_problems(run, b) for b in run.benchmarks},
+        "averaged_over": run.counted,
         "k": run.k or "n", "pass_at_k_label": label_k, "pass_at_n_label": label_n,
         "smallest_effect": SMALLEST_EFFECT, "claims": judged, "arms": summary,
         "provenance": facts, "inputs": hashes,
@@ -618,10 +673,10 @@ def write_summary(worlds, summary, facts, hashes, path):
 def main(argv=None):
     args = parse_args(argv)
     matplotlib.rcParams["font.size"] = 8
-    run = load_run(args.run, args.k)
+    run = load_run(args.run, args.k, args.beside)
     worlds = [(run, judge_claims(run))]
     if args.contrast:
-        other = load_run(args.contrast, args.k)
+        other = load_run(args.contrast, args.k, args.beside)
         worlds.append((other, judge_claims(other)))
     out = Path(args.out or run.path / "report")
     common.make_dir(out / "figures")
