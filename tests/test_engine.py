@@ -4,6 +4,7 @@ One vLLM engine serves the whole file (its import and start take some twenty sec
 """
 
 import importlib.util
+import io
 import os
 import random
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_model
+from tqdm import tqdm
 
 import common
 from model import load_model, pack_sequences, render_prompt, stop_ids, token_logprobs
@@ -73,6 +75,95 @@ def change(model, scale=0.05, seed=1):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=noise) * scale)
+
+
+def by_a_full_sort(logits, u, temperature, top_p):
+    """Nucleus sampling as a textbook has it: the whole vocabulary sorted."""
+    p, ids = (logits.float() / temperature).softmax(dim=1).sort(dim=1, descending=True)
+    p = p * ((p.cumsum(dim=1) - p) < top_p)
+    p = p / p.sum(dim=1, keepdim=True)
+    cdf = p.double().cumsum(dim=1)
+    pick = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    return ids.gather(1, pick)[:, 0], p.gather(1, pick)[:, 0].log()
+
+
+SHAPES = {
+    "flat": lambda z: z * 0.01,                     # the set goes on far behind the tokens looked at
+    "spread": lambda z: z * 3,
+    "peaked": lambda z: z * 12,
+    "ties": lambda z: z.round(),                    # a dozen values over 5,000 tokens
+    "peaked ties": lambda z: (z * 12).round(),
+    "bfloat16": lambda z: (z * 3).bfloat16(),
+    "all alike": lambda z: z * 0,
+    "two tokens": lambda z: torch.where(torch.arange(5000) % 2500 == 7, 0.0, -torch.inf).expand(len(z), -1),
+}
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nucleus_samples_are_those_of_a_full_sort(shape, top_p):
+    noise = torch.Generator().manual_seed(0)
+    logits = SHAPES[shape](torch.randn(200, 5000, generator=noise))
+    u = torch.rand(200, generator=noise, dtype=torch.float64)
+    for temperature in (0.6, 1.0):
+        token, logp = engines.sample(logits, u, temperature, top_p)
+        full_token, full_logp = by_a_full_sort(logits, u, temperature, top_p)
+        assert torch.equal(token, full_token)
+        assert torch.allclose(logp, full_logp, atol=1e-6)
+
+
+def test_a_peaked_vocabulary_is_not_sorted(monkeypatch):
+    """The point of it: where the set lies within the likeliest few, no row is done again with everything."""
+    widths = []
+    real = engines.sample_nucleus
+
+    def counted(p, u, top_p, width):
+        widths.append((len(p), width))
+        return real(p, u, top_p, width)
+
+    monkeypatch.setattr(engines, "sample_nucleus", counted)
+    logits = torch.randn(64, 49152, generator=torch.Generator().manual_seed(0)) * 5
+    logits[:3] *= 0.01                              # three flat rows among them
+    engines.sample(logits, torch.rand(64, dtype=torch.float64), 0.6, 0.95)
+    assert widths == [(64, engines.NUCLEUS_WIDTH), (3, 49152)]
+
+
+def test_bfloat16_on_a_cpu(model_path, hf_engine, prompts):
+    """Weights and cache in bfloat16: half the memory, log-probs within its rounding of the float32 model's."""
+    engine = engines.make_engine("hf", model_path, MAX_LEN, dtype="bfloat16")
+    drawn = draw(engine, prompts)
+    assert engine.model.dtype == engine.slots.keys[0].dtype == engine.slots.values[0].dtype == torch.bfloat16
+    assert 0 < logp_gap(hf_engine.model, prompts, drawn, 1.0) < 0.05
+    change(hf_engine.model)
+    engine.sync(hf_engine.model)                    # float32 masters into bfloat16 weights
+    assert 0 < logp_gap(hf_engine.model, prompts, draw(engine, prompts), 1.0) < 0.05
+
+
+def test_progress_is_shown_from_the_first_step(hf_engine, prompts):
+    shows_progress(hf_engine, prompts)
+
+
+@vllm_only
+def test_vllm_shows_the_same_progress(vllm, prompts):
+    shows_progress(vllm, prompts)
+
+
+def shows_progress(engine, prompts):
+    """A postfix stands before anything has ended, and counts what is drawn, running or done."""
+    screen = io.StringIO()
+    with tqdm(total=len(prompts), file=screen, mininterval=0) as bar:
+        requests = engine.generate(prompts, list(range(len(prompts))), 1.0, 1.0, 40, bar)
+        next(requests)
+        first = screen.getvalue()
+        assert "0/8" in first and "running, longest" in first and "tokens/s" in first
+        list(requests)
+        assert bar.n == 8
+        meter = engines.Meter(bar)
+        meter.finished(92)
+        meter.begin -= 10
+        meter.show([3, 5])
+        assert bar.postfix == "10 tokens/s, 2 running, longest 5"
+    assert not engines.Meter(None).due() and not engines.Meter(tqdm(disable=True)).due()
 
 
 def test_vllm_without_vllm_is_refused_in_one_sentence(model_path, monkeypatch, capsys):
@@ -264,6 +355,7 @@ def test_two_ranks_one_engine_each(model_path, tmp_path):
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
         import torch
         import common, engines
+        from model import load_model, pack_sequences
         from test_engine import draw, ids, logp_gap
         dist = common.init_distributed()
         model = load_model({str(model_path)!r}, trainable=True)
