@@ -350,10 +350,11 @@ def check_text(text, where, column):
 
 
 def describe(value):
-    """What a value is, for a message: `a struct (its fields can be named: answer.x, answer.y)`."""
+    """What a value is, for a message."""
     if isinstance(value, dict):
         return f"a struct with the fields {sorted(value)} (name one: COLUMN.FIELD)"
-    return {list: "a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    kinds = {list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
 
 def problem_text(value, where, column):
@@ -443,8 +444,7 @@ def read_items(source, rows):
 # ---------------------------------------------------------------------------------- the instruction
 
 LOOK_AHEAD = 256  # items in which the common text is looked for; the others are held to it
-INSTRUCTION_WORDS = 4  # fewer are no instruction ("Answer:")
-FORM_OF_ANSWER = ("\\boxed", "<think>", "####", "step by step")
+ABOUT_THE_ANSWER = ("\\boxed", "<think>", "####", "answer", "step by step")
 
 
 def find_instruction(problems):
@@ -454,8 +454,8 @@ def find_instruction(problems):
         "… triples exist? \\nLet's reason … \\boxed{answer here}."     /  "? \\nLet's reason …";
                                                      the instruction is "\\nLet's reason …"
 
-    It begins at a line break. On the problem's own line it begins with a sentence, and must say
-    something of the answer's form: "Find x." may end every problem of a set and belong to each.
+    It begins at a line break, or else with a sentence, and speaks of the answer: "Find x." may end
+    every problem of a set and belong to each.
     """
     texts = {text for text in problems if text.strip()}
     if len(texts) < 2:
@@ -464,9 +464,8 @@ def find_instruction(problems):
     ending = os.path.commonprefix(backwards)[::-1]
     start = re.search(r"\n", ending) or re.search(r"(?:^|(?<=[.?!]))\s+(?=[A-Z])", ending)
     instruction = ending[start.start():] if start else ""
-    says_form = any(word in instruction for word in FORM_OF_ANSWER)
-    is_long = len(instruction.split()) >= INSTRUCTION_WORDS
-    return instruction if is_long and (instruction[0] == "\n" or says_form) else ""
+    speaks_of_it = any(word in instruction.lower() for word in ABOUT_THE_ANSWER)
+    return instruction if speaks_of_it and len(instruction) > 20 else ""
 
 
 def without_instruction(args, items, instruction):
@@ -747,6 +746,8 @@ def teacher(args):
                 kept[item.pid] = None if contaminated else row
             if kept[item.pid] is None:
                 continue
+            if not any(item.responses):
+                counts["rows without a response"] += 1
             for text in item.responses:
                 if not text:
                     counts["empty responses"] += 1
