@@ -212,7 +212,7 @@ def test_named_columns_only_acereason_maths_and_boxed_answers(tmp_path, tiny_mod
     path = write(tmp_path / "ace.jsonl", rows)
     said = inside(capsys, "teacher", "--source", path, "--answers", "boxed", "--model", tiny_model_dir,
                   "--out", tmp_path / "t.jsonl", "--problems-out", tmp_path / "tp.jsonl")
-    assert [r["answer"] for r in rows_of(tmp_path / "tp.jsonl")] == ["1", "4"] and "1 rows without an answer" in said
+    assert [r["answer"] for r in rows_of(tmp_path / "tp.jsonl")] == ["1", "4"] and "1 without an answer" in said
 
 
 def test_duplicates_limit_and_recipe(tmp_path, capsys):
