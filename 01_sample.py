@@ -90,8 +90,8 @@ SOURCES = {
     # problems whose solutions are traces
     "gsm8k": Source("question", "answer", "answer", solution_mark="####", config="main",
                     hub=("openai/gsm8k",)),
-    # RLVR prompts. The authors' file is a finished training set of 9,998 rows: all are kept, although
-    # 181 repeat a problem.
+    # RLVR prompts. The authors' file is a finished training set of 9,998 rows: all are kept,
+    # although 181 repeat a problem.
     "oxa_rl": Source("prompt", "reward_model.ground_truth", unused=(*VERL, "prompt_token_len"),
                      keeps_duplicates=True),
     "verl": Source("prompt", "reward_model.ground_truth", unused=VERL),
@@ -212,7 +212,6 @@ def csv_rows(path, file):
 
 def parquet_rows(path, file):
     import pyarrow.parquet
-
     number = 0
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
         for row in batch.to_pylist():
@@ -220,12 +219,7 @@ def parquet_rows(path, file):
             yield f"{path}, row {number}", row
 
 
-READERS = {
-    ".jsonl": json_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
-}
+READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 KNOWN_FORMATS = ".jsonl, .json, .csv, each also as .gz, and .parquet"
 
 
@@ -267,7 +261,6 @@ def numbered(source, rows):
 
 def saved_rows(path, split):
     from datasets import load_from_disk  # takes seconds to import: only where it is needed
-
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -281,7 +274,6 @@ def saved_rows(path, split):
 
 def hub_rows(args, declared, split):
     from datasets import load_dataset
-
     config = declared.config if declared else None
     try:
         rows = load_dataset(args.source, config, split=split, streaming=True)
@@ -350,10 +342,11 @@ def check_text(text, where, column):
 
 
 def describe(value):
-    """What a value is, for a message: `a struct (its fields can be named: answer.x, answer.y)`."""
+    """What a value is, for a message."""
     if isinstance(value, dict):
         return f"a struct with the fields {sorted(value)} (name one: COLUMN.FIELD)"
-    return {list: "a list", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    kinds = {list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
 
 def problem_text(value, where, column):
@@ -443,8 +436,7 @@ def read_items(source, rows):
 # ---------------------------------------------------------------------------------- the instruction
 
 LOOK_AHEAD = 256  # items in which the common text is looked for; the others are held to it
-INSTRUCTION_WORDS = 4  # fewer are no instruction ("Answer:")
-FORM_OF_ANSWER = ("\\boxed", "<think>", "####", "step by step")
+ABOUT_THE_ANSWER = ("\\boxed", "<think>", "####", "answer", "step by step")
 
 
 def find_instruction(problems):
@@ -454,8 +446,8 @@ def find_instruction(problems):
         "… triples exist? \\nLet's reason … \\boxed{answer here}."     /  "? \\nLet's reason …";
                                                      the instruction is "\\nLet's reason …"
 
-    It begins at a line break. On the problem's own line it begins with a sentence, and must say
-    something of the answer's form: "Find x." may end every problem of a set and belong to each.
+    It begins at a line break, or else with a sentence, and speaks of the answer: "Find x." may end
+    every problem of a set and belong to each.
     """
     texts = {text for text in problems if text.strip()}
     if len(texts) < 2:
@@ -464,9 +456,8 @@ def find_instruction(problems):
     ending = os.path.commonprefix(backwards)[::-1]
     start = re.search(r"\n", ending) or re.search(r"(?:^|(?<=[.?!]))\s+(?=[A-Z])", ending)
     instruction = ending[start.start():] if start else ""
-    says_form = any(word in instruction for word in FORM_OF_ANSWER)
-    is_long = len(instruction.split()) >= INSTRUCTION_WORDS
-    return instruction if is_long and (instruction[0] == "\n" or says_form) else ""
+    speaks_of_it = any(word in instruction.lower() for word in ABOUT_THE_ANSWER)
+    return instruction if speaks_of_it and len(instruction) > 20 else ""
 
 
 def without_instruction(args, items, instruction):
@@ -491,7 +482,9 @@ def read_source(args):
     source = choose_source(args, first)
     items = read_items(source, itertools.chain([(where, first)], rows))
     head = list(itertools.islice(items, LOOK_AHEAD))
-    instruction = "" if args.keep_instruction else find_instruction(item.problem for item in head)
+    instruction = ""
+    if not args.keep_instruction and source is not SOURCES["problems"]:
+        instruction = find_instruction(item.problem for item in head)
     if instruction:
         print(f"{args.source}: all problems end in one text, which is taken as the instruction and "
               f"left out of the problems (--keep-instruction leaves it in): {instruction!r}",
@@ -532,7 +525,7 @@ class Overlap:
     def grams(self, text):
         words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
         last = max(1, len(words) - self.n + 1)
-        return [" ".join(words[i : i + self.n]) for i in range(last)]
+        return [" ".join(words[i:i + self.n]) for i in range(last)]
 
     def hit(self, pid, text):
         """True, and on record, if `text` overlaps a benchmark."""
@@ -593,13 +586,13 @@ def source_name(args):
     return args.name or name.lower()
 
 
-def problem_row(args, item):
-    return {
-        "pid": item.pid,
-        "problem": item.problem,
-        "answer": item.answer,
-        "source": source_name(args),
-    }
+def problem_row(item, source):
+    return {"pid": item.pid, "problem": item.problem, "answer": item.answer, "source": source}
+
+
+def sample_row(pid, source, k, seed, response, n_tokens, finish):
+    return {"sid": f"{pid}:{source}:{k}", "pid": pid, "source": source, "k": k, "seed": seed,
+            "response": response, "n_tokens": n_tokens, "finish": finish}
 
 
 def write_rows(path, rows):
@@ -612,6 +605,18 @@ def say(what, counts):
     print(f"{what}: " + ", ".join(f"{value:,} {key}" for key, value in counts.items()), flush=True)
 
 
+def usable_items(items, counts):
+    """The items that have a problem and an answer; all are counted."""
+    for item in items:
+        counts["rows"] += 1
+        if not item.problem.strip():
+            counts["empty problems"] += 1
+        elif item.answer is None:
+            counts["without an answer"] += 1
+        else:
+            yield item
+
+
 def problems(args):
     """One row per distinct problem that has an answer, in the order of the source.
 
@@ -622,20 +627,13 @@ def problems(args):
         die(f"{args.source} has no ground truth; `teacher --problems-out` makes its problems")
     overlap = make_overlap(args)
     counts = Counter()
-    times = Counter()  # pid -> how often it has been seen
-    firsts = {}  # pid -> the first row of this problem
-    rows = {}  # pid -> the row that is kept
-    for item in items:
-        counts["rows"] += 1
-        if not item.problem.strip():
-            counts["empty problems"] += 1
-            continue
-        if item.answer is None:
-            counts["without an answer"] += 1
-            continue
+    times = Counter()                  # pid -> how often it has been seen
+    firsts = {}                        # pid -> the first row of this problem
+    rows = {}                          # pid -> the row that is kept
+    for item in usable_items(items, counts):
         times[item.pid] += 1
         if times[item.pid] == 1:
-            firsts[item.pid] = problem_row(args, item)
+            firsts[item.pid] = problem_row(item, source_name(args))
         else:
             count_duplicate(args, source, item, firsts[item.pid], counts)
             if not source.keeps_duplicates:
@@ -644,7 +642,7 @@ def problems(args):
         if overlap and overlap.hit(item.pid, item.problem):
             counts["contaminated"] += 1
             continue
-        rows[item.pid] = problem_row(args, item)
+        rows[item.pid] = problem_row(item, source_name(args))
     if args.limit and len(rows) > args.limit:
         counts["over --limit"] = len(rows) - args.limit
         rows = choose_subset(rows, args.limit, args.seed)
@@ -696,7 +694,6 @@ def known_answers(args, source):
 def boxed_answer(responses):
     """The boxed answer of the first response that has one, None if none has."""
     from grading.verifier import verify  # mpmath takes a second to import: only where it is needed
-
     for response in responses:
         predicted = verify(response, "0").predicted
         if predicted:
@@ -704,13 +701,28 @@ def boxed_answer(responses):
     return None
 
 
-def find_answer(args, item, known):
-    """Ground truth by --answers: of the source's column, of --problems, or boxed in a response."""
-    if args.answers == "join":
-        return known.get(item.pid)
-    if args.answers == "boxed":
-        return boxed_answer(item.responses)
-    return item.answer
+def with_answers(args, items, known):
+    """Items with the ground truth of --answers: the column's, that of --problems, or a boxed one."""
+    for item in items:
+        if args.answers == "join":
+            item = replace(item, answer=known.get(item.pid))
+        elif args.answers == "boxed":
+            item = replace(item, answer=boxed_answer(item.responses))
+        yield item
+
+
+def whole_responses(item, counts):
+    """The responses of an item, with their opening <think>; blank ones are counted and left out."""
+    if not any(item.responses):
+        counts["rows without a response"] += 1
+    for text in item.responses:
+        if not text:
+            counts["empty responses"] += 1
+            continue
+        response = restore_think(text)
+        counts["responses"] += 1
+        counts["responses given their <think> back"] += response != text
+        yield response
 
 
 def teacher(args):
@@ -718,51 +730,33 @@ def teacher(args):
     source, instruction, items = read_source(args)
     if source.response is None:
         die(f"{args.source} has no responses")
-    known = known_answers(args, source)
+    items = with_answers(args, items, known_answers(args, source))
     tokenizer = load_tokenizer(args.model)
     overlap = make_overlap(args)
+    name = source_name(args)
     inputs = [args.source, *(args.benchmarks or []), *([args.problems] if args.problems else [])]
     common.start_output(args.out, "samples", args, inputs)
     written, writer = common.append_jsonl(args.out, "sid")
-    name = source_name(args)
     counts = Counter()
-    n_responses = Counter()  # pid -> responses so far
-    kept = {}  # pid -> its problems row, None if it overlaps a benchmark
+    n_responses = Counter()            # pid -> responses so far
+    kept = {}                          # pid -> its problems row, None if it overlaps a benchmark
     with writer:
-        for item in items:
-            counts["rows of the source"] += 1
-            if args.limit and len(kept) == args.limit and item.pid not in kept:
+        for item in usable_items(items, counts):
+            pid = item.pid
+            if args.limit and len(kept) == args.limit and pid not in kept:
                 break
-            if not item.problem.strip():
-                counts["empty problems"] += 1
-                continue
-            answer = find_answer(args, item, known)
-            if answer is None:
-                counts["rows without an answer"] += 1
-                continue
-            if item.pid not in kept:
-                contaminated = overlap is not None and overlap.hit(item.pid, item.problem)
+            if pid not in kept:
+                contaminated = overlap is not None and overlap.hit(pid, item.problem)
                 counts["contaminated problems"] += contaminated
-                row = problem_row(args, replace(item, answer=answer))
-                kept[item.pid] = None if contaminated else row
-            if kept[item.pid] is None:
+                kept[pid] = None if contaminated else problem_row(item, name)
+            if kept[pid] is None:
                 continue
-            for text in item.responses:
-                if not text:
-                    counts["empty responses"] += 1
-                    continue
-                response = restore_think(text)
-                counts["responses"] += 1
-                counts["responses given their <think> back"] += response != text
-                k = n_responses[item.pid]
-                n_responses[item.pid] += 1
-                sid = f"{item.pid}:{name}:{k}"
-                if sid in written:
-                    continue
+            for response in whole_responses(item, counts):
                 n_tokens = len(encode_response(tokenizer, response))
-                row = {"sid": sid, "pid": item.pid, "source": name, "k": k, "seed": None}
-                row |= {"response": response, "n_tokens": n_tokens, "finish": "stop"}
-                writer.write(row)
+                row = sample_row(pid, name, n_responses[pid], None, response, n_tokens, "stop")
+                n_responses[pid] += 1
+                if row["sid"] not in written:
+                    writer.write(row)
     if not counts["responses"]:
         die(f"{args.source}: no usable response ({dict(counts)})")
     problem_rows = [row for row in kept.values() if row is not None]
@@ -811,7 +805,7 @@ def model_samples(args):
     longest = max(len(prompt) for prompt in prompts.values()) + args.max_tokens
     check_positions(load_config(args.model), longest, "the longest prompt with --max-tokens")
 
-    requests = {}  # sid -> (pid, k), in the order of the output
+    requests = {}                                        # sid -> (pid, k), in the order of the output
     for pid in prompts:
         for k in range(args.n):
             requests[f"{pid}:{args.name}:{k}"] = (pid, k)
@@ -819,7 +813,7 @@ def model_samples(args):
     if dist.rank == 0:
         may_differ = ("kv_cache_gb", "gpu_memory")
         common.start_output(args.out, "samples", args, [args.problems], may_differ)
-        common.merge_parts(args.out, "sid", place.__getitem__)  # what a killed run left
+        common.merge_parts(args.out, "sid", place.__getitem__)       # what a killed run left
     common.barrier()
     done = common.stored_keys(args.out, "sid")
     if dist.rank == 0:
@@ -827,8 +821,8 @@ def model_samples(args):
               f"{n_too_long} problems dropped whose prompt is over {args.max_prompt_tokens} tokens",
               flush=True)
 
-    missing = [sid for sid in requests if sid not in done]
-    mine = {sid: requests[sid] for sid in missing[dist.rank :: dist.world]}
+    missing = [request for sid, request in requests.items() if sid not in done]
+    mine = missing[dist.rank::dist.world]
     n_failed = draw(args, dist, tokenizer, mine, prompts, longest) if mine else 0
     n_failed = int(common.all_reduce_sum(torch.tensor(n_failed, device=dist.device)))
     if dist.rank == 0:
@@ -840,12 +834,11 @@ def model_samples(args):
 
 
 def draw(args, dist, tokenizer, mine, prompts, longest):
-    """Generate the requests `mine` (sid -> (pid, k)) into this rank's part. -> how many failed."""
+    """Generate the requests `mine`, [(pid, k)], into this rank's part. -> how many failed."""
     engine = make_engine(args.engine, args.model, longest, device=dist.device,
                          gpu_memory=args.gpu_memory, kv_cache_gb=args.kv_cache_gb)
-    sids = list(mine)
-    prompt_ids = [prompts[pid] for pid, _ in mine.values()]
-    seeds = [common.request_seed(args.seed, pid, k) for pid, k in mine.values()]
+    prompt_ids = [prompts[pid] for pid, _ in mine]
+    seeds = [common.request_seed(args.seed, pid, k) for pid, k in mine]
     # The `<think>` with which some templates open the answer belongs to the response.
     opened = tokenizer.decode(prompt_ids[0]).rstrip().endswith("<think>")
     sampling = (args.temperature, args.top_p, args.max_tokens)
@@ -856,13 +849,11 @@ def draw(args, dist, tokenizer, mine, prompts, longest):
             if completion.finish not in ("stop", "length"):
                 n_failed += 1
                 continue
-            pid, k = mine[sids[i]]
+            pid, k = mine[i]
             text = decode_response(tokenizer, completion.ids)
             response = restore_think(text) if opened else text
-            n_tokens = len(completion.ids)
-            row = {"sid": sids[i], "pid": pid, "source": args.name, "k": k, "seed": seeds[i]}
-            row |= {"response": response, "n_tokens": n_tokens, "finish": completion.finish}
-            writer.write(row)
+            writer.write(sample_row(pid, args.name, k, seeds[i], response, len(completion.ids),
+                                    completion.finish))
     return n_failed
 
 

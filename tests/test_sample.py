@@ -1,5 +1,7 @@
 """01_sample.py and tools/prepare_base.py: every declared source and format, wrong shapes, the instruction, resume, overlap."""
 
+import csv
+import gzip
 import importlib
 import json
 import os
@@ -210,7 +212,7 @@ def test_named_columns_only_acereason_maths_and_boxed_answers(tmp_path, tiny_mod
     path = write(tmp_path / "ace.jsonl", rows)
     said = inside(capsys, "teacher", "--source", path, "--answers", "boxed", "--model", tiny_model_dir,
                   "--out", tmp_path / "t.jsonl", "--problems-out", tmp_path / "tp.jsonl")
-    assert [r["answer"] for r in rows_of(tmp_path / "tp.jsonl")] == ["1", "4"] and "1 rows without an answer" in said
+    assert [r["answer"] for r in rows_of(tmp_path / "tp.jsonl")] == ["1", "4"] and "1 without an answer" in said
 
 
 def test_duplicates_limit_and_recipe(tmp_path, capsys):
@@ -239,6 +241,280 @@ def test_teacher_import_goes_on_where_it_was_killed(tmp_path, tiny_model_dir, ca
     inside(capsys, *args)
     assert ((tmp_path / "o.jsonl").read_bytes(), (tmp_path / "p.jsonl").read_bytes()) == whole
     assert "begun with other settings" in inside(capsys, *args, "--limit", 2, ok=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def save_text(rows, path):
+    """JSON Lines, a JSON array or CSV, each plain or as .gz, by the suffixes of `path`."""
+    kind = path.name.removesuffix(".gz").rsplit(".")[-1]
+    if kind == "csv":
+        with open(path.with_suffix(".tmp"), "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        text = path.with_suffix(".tmp").read_text()
+    elif path.name.startswith("array"):
+        text = json.dumps(rows, indent=2)
+    else:
+        text = "\ufeff" + "\r\n".join(json.dumps(row) for row in rows)          # a BOM, CRLF, no newline at the end
+    with gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w") as file:
+        file.write(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.json", "array.json", "array.jsonl.gz", "lines.json.gz",
+                                  "table.csv", "table.csv.gz"])
+def test_text_formats_give_the_same_rows(name, tmp_path, capsys):
+    rows = [{"question": f"What, with \"{i}\"\nand a line break?", "answer": str(i)} for i in range(4)]
+    path = save_text(rows, tmp_path / name)
+    inside(capsys, "problems", "--source", path, "--out", tmp_path / "p.jsonl")
+    assert [(r["problem"], r["answer"]) for r in rows_of(tmp_path / "p.jsonl")] == [
+        (row["question"], row["answer"]) for row in rows]
+    assert rows_of(tmp_path / "p.jsonl")[0]["source"] == name.split(".")[0]
+
+
+def test_a_format_that_is_not_read_is_said(tmp_path, capsys):
+    for name, said in (("data.xyz", ".xyz is not"), ("data.xyz.gz", ".xyz.gz is not"), ("data", "without a suffix is not"),
+                       ("data.parquet.gz", ".parquet.gz is not"), ("data.xlsx", ".xlsx is not a format that is read (known: ")):
+        (tmp_path / name).write_text("x")
+        assert said in inside(capsys, "problems", "--source", tmp_path / name, "--out", tmp_path / "x.jsonl", ok=False)
+
+
+BROKEN = {
+    "cut.jsonl.gz": (gzip.compress(b'{"question": "a", "answer": "1"}\n' * 100)[:40], "cut.jsonl.gz cannot be read"),
+    "plain.jsonl.gz": (b'{"question": "a", "answer": "1"}\n', "plain.jsonl.gz cannot be read"),
+    "zip.jsonl": (gzip.compress(b"{}"), "zip.jsonl:1: not valid JSON"),
+    "utf16.jsonl": ('{"question": "a", "answer": "1"}'.encode("utf-16"), "utf16.jsonl:1: not valid JSON"),
+    "latin.jsonl": (b'{"question": "a", "answer": "1"}\n{"question": "\xe9", "answer": "1"}', "latin.jsonl:2: not valid"),
+    "deep.jsonl": (b'{"question": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "deep.jsonl:1: not valid JSON"),
+    "huge.jsonl": (b'{"question": "a", "answer": ' + b"9" * 5000 + b"}", "huge.jsonl:1: not valid JSON"),
+    "cut.json": (b'[{"question": "a", "answer": "1"},', "cut.json: not valid JSON"),
+    "list.jsonl": (b'{"question": "a", "answer": "1"}\n[1]\n', "list.jsonl:2: a row must be a JSON object"),
+    "lists.json": (b"[[1], [2]]", "lists.json, row 1: a row must be a JSON object"),
+    "empty.jsonl": (b"", "empty.jsonl has no rows"),
+    "empty.csv": (b"", "empty.csv has no rows"),
+    "empty.json": (b"[]", "empty.json has no rows"),
+    "short.csv": (b"question,answer\na,1\nb\n", "short.csv:3: not the 2 cells"),
+    "long.csv": (b"question,answer\na,1,2\n", "long.csv:2: not the 2 cells"),
+    "twice.csv": (b"question,question\na,1\n", "twice.csv:1: a column is named twice"),
+    "quote.csv": (b'question,answer\n"a,1\n', "quote.csv cannot be read"),
+    "latin.csv": (b"question,answer\na\xe9,1\n", "latin.csv cannot be read"),
+    "garbage.parquet": (b"PAR1" + bytes(100) + b"PAR1", "garbage.parquet cannot be read"),
+    "no.parquet": (b"", "no.parquet cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_one_sentence(name, tmp_path, capsys):
+    content, said = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    assert said in inside(capsys, "problems", "--source", tmp_path / name, "--out", tmp_path / "x.jsonl", ok=False)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_parquet_of_one_split_and_of_one_directory(tmp_path, capsys):
+    from datasets import Dataset
+    for name, answer in (("train-0", "1"), ("test-0", "2")):
+        Dataset.from_list([{"question": name, "answer": answer}]).to_parquet(tmp_path / "hub" / f"{name}.parquet")
+    for split, answer in ((), "1"), (("--split", "test"), "2"):
+        inside(capsys, "problems", "--source", tmp_path / "hub", *split, "--out", tmp_path / "p.jsonl")
+        assert [r["answer"] for r in rows_of(tmp_path / "p.jsonl")] == [answer]
+    args = ["problems", "--source", tmp_path / "hub", "--out", tmp_path / "x.jsonl"]
+    assert "no parquet file of the split dev" in inside(capsys, *args, "--split", "dev", ok=False)
+    Dataset.from_list([{"question": "c", "answer": "3"}]).to_parquet(tmp_path / "hub" / "socratic" / "train-0.parquet")
+    assert "several directories" in inside(capsys, *args, ok=False)
+
+
+def test_hub_ids_with_a_dot_are_hub_ids(tmp_path, capsys):
+    """`OXA-AceReason-1.1-Math` has no suffix that names a format."""
+    for source in ("takagi97/OXA-AceReason-1.1-Math", "nvidia/AceReason-1.1-SFT", "openai/gsm8k"):
+        said = inside(capsys, "problems", "--source", source, "--out", tmp_path / "x.jsonl", ok=False)
+        assert "cannot be opened" in said
+
+
+# ------------------------------------------------------------------------- the authors' files, GSM8K, the instruction
+
+SUFFIX = "\nLet's reason. Put it within \\boxed{}: <think>reasoning</think> \\boxed{answer}."
+
+
+def chat_rows(problems, space=" "):
+    return [{"data_source": "", "prompt": [{"content": problem + space + SUFFIX, "role": "user"}], "ability": "math",
+             "reward_model": {"ground_truth": answer, "style": "rule"}, "extra_info": {"index": i, "split": "train"}}
+            for i, (problem, answer) in enumerate(problems)]
+
+
+def test_the_rl_file_gives_all_its_rows_and_its_instruction(tmp_path, capsys):
+    """Chat-list prompts and struct answers; duplicates are kept under pids of their own, and counted."""
+    from datasets import Dataset
+    known = [("What is 1?", "1"), ("Is $x$ it", "x"), ("What is  1?", "1"), ("What is 1?", "one\n")]
+    rows = [{**row, "prompt_token_len": 9} for row in chat_rows(known)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rl.parquet")
+    said = inside(capsys, "problems", "--source", tmp_path / "rl.parquet", "--out", tmp_path / "p.jsonl")
+    assert "read as oxa_rl" in said and "all problems end in one text" in said and repr(SUFFIX) in said
+    assert "4 rows, 2 duplicates (kept), 1 duplicates with another answer, 4 kept" in said
+    made, meta = rows_of(tmp_path / "p.jsonl"), common.read_meta(tmp_path / "p.jsonl")
+    assert meta["instruction"] == SUFFIX and meta["rows"] == 4
+    assert [r["problem"] + meta["instruction"] for r in made] == [r["prompt"][0]["content"] for r in rows]
+    one, x = sample.problem_id("What is 1?"), sample.problem_id("Is $x$ it")
+    assert [r["pid"] for r in made] == [one, x, f"{one}-2", f"{one}-3"]
+    assert [r["answer"] for r in made] == ["1", "x", "1", "one"]
+
+    Dataset.from_list(chat_rows(known, space="")).to_parquet(tmp_path / "verl.parquet")
+    said = inside(capsys, "problems", "--source", tmp_path / "verl.parquet", "--out", tmp_path / "v.jsonl")
+    assert "read as verl" in said and "2 duplicates (dropped)" in said
+    assert common.read_meta(tmp_path / "v.jsonl")["instruction"] == SUFFIX               # the same in both
+    inside(capsys, "problems", "--source", tmp_path / "verl.parquet", "--keep-instruction", "--out", tmp_path / "k.jsonl")
+    assert all(r["problem"].endswith(SUFFIX) for r in rows_of(tmp_path / "k.jsonl"))
+    assert common.read_meta(tmp_path / "k.jsonl")["instruction"] is None
+
+
+def test_lists_of_alternatives_lose_their_line_breaks(tmp_path, capsys):
+    rows = [{"idx": i, "problem": f"p {i}", "solution": "", "type": "t", "answer": answer}
+            for i, answer in enumerate([["0.01\n", "0.02\n"], ["7\n", "7"], ["x"]])]
+    path = save_text(rows, tmp_path / "array.json")
+    assert "read as oxa_minerva" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "p.jsonl")
+    assert [r["answer"] for r in rows_of(tmp_path / "p.jsonl")] == [["0.01", "0.02"], ["7", "7"], ["x"]]
+
+
+def test_gsm8k_as_problems_and_as_traces(tmp_path, tiny_model_dir, capsys):
+    solution = "He has 2*3 = <<2*3=6>>6 and\nthen 6+1 = $<<6+1=7>>7 more.\n#### 1,007"
+    path = write(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}])
+    assert "read as gsm8k" in inside(capsys, "problems", "--source", path, "--out", tmp_path / "p.jsonl")
+    assert rows_of(tmp_path / "p.jsonl")[0]["answer"] == "1,007"
+    inside(capsys, "teacher", "--source", path, "--model", tiny_model_dir, "--out", tmp_path / "t.jsonl",
+           "--problems-out", tmp_path / "tp.jsonl")
+    (trace,), (problem,) = rows_of(tmp_path / "t.jsonl"), rows_of(tmp_path / "tp.jsonl")
+    assert trace["response"] == ("<think>\nHe has 2*3 = 6 and\nthen 6+1 = $7 more.\n</think>\n\n\\boxed{1,007}")
+    from grading.verifier import verify
+    assert verify(trace["response"], problem["answer"]).correct
+    path = write(tmp_path / "bad.jsonl", [{"question": "How many?", "answer": solution}, {"question": "b", "answer": "7"}])
+    said = inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
+    assert "bad.jsonl:2: #### must stand once in the answer" in said
+
+
+SENTENCE = " Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@pytest.mark.parametrize("problems, found", [
+    (["Is it $x$?" + SUFFIX, "Find $y$." + SUFFIX], SUFFIX),
+    (["Is it $x$? " + SUFFIX, "Find $y$." + SUFFIX], SUFFIX),                             # a space is the problem's own
+    (["Is it $x$?" + SENTENCE, "Is it $y$?" + SENTENCE], SENTENCE),
+    (["One day." + SENTENCE, "Is it $y$?" + SENTENCE], SENTENCE),
+    (["a\nAnswer with one number.", "b\nAnswer with one number."], "\nAnswer with one number."),
+    (["Is it $x$?" + SUFFIX], ""),                                                        # one problem has no common text
+    (["Is it $x$?" + SUFFIX] * 2, ""),
+    (["Is it $x$?" + SUFFIX, "Find $y$."], ""),
+    (["1+2 mod 100", "3+2 mod 100"], ""),                                                 # of the problem itself
+    (["Tom has 2. How many apples has he?", "Ann has 3. How many apples has he?"], ""),
+    (["a\nAnswer:", "b\nAnswer:"], ""),
+    (["a\nFind the remainder when it is divided by 9.", "b\nFind the remainder when it is divided by 9."], ""),
+    ([], ""),
+])
+def test_the_instruction_is_what_all_problems_end_in(problems, found):
+    assert sample.find_instruction(problems) == found
+
+
+def test_the_instruction_of_traces_and_of_a_long_source(tmp_path, tiny_model_dir, capsys):
+    rows = [{"query": f"Is it {i}?" + SUFFIX, "answer": "1", "DeepSeek-R1_Response_List": ["<think>x</think>1"]}
+            for i in range(sample.LOOK_AHEAD + 1)]
+    path = write(tmp_path / "t.jsonl", rows)
+    args = ["teacher", "--model", tiny_model_dir, "--problems-out", tmp_path / "p.jsonl"]
+    inside(capsys, *args, "--source", path, "--out", tmp_path / "o.jsonl")
+    assert [r["problem"] for r in rows_of(tmp_path / "p.jsonl")] == [f"Is it {i}?" for i in range(len(rows))]
+    for name in ("o.jsonl", "p.jsonl"):
+        assert common.read_meta(tmp_path / name)["instruction"] == SUFFIX
+    rows[-1]["query"] = "Is it?"
+    path = write(tmp_path / "u.jsonl", rows)
+    said = inside(capsys, *args, "--source", path, "--out", tmp_path / "u_out.jsonl", ok=False)
+    assert f"problem {len(rows)} does not end as the first {sample.LOOK_AHEAD} do" in said and "--keep-instruction" in said
+
+
+# ----------------------------------------------------------------------------------------- data that people really have
+
+
+def test_answers_of_every_kind(tmp_path, capsys):
+    """Numbers are written out, what is nothing is counted, lists are alternatives."""
+    nan, inf = float("nan"), float("inf")
+    cases = [("3", "3"), (3, "3"), (3.0, "3"), (0.25, "0.25"), (1e-7, "0.0000001"), (1e22, "1" + 22 * "0"), (" 4\n", "4"),
+             ([5], ["5"]), (["5", 6.5, None], ["5", "6.5"]), (nan, None), (inf, None), (None, None), ("", None),
+             ("NaN", None), ("null", None), ([], None), ([None], None), ([nan, ""], None), ("\\frac12", "\\frac12")]
+    path = write(tmp_path / "a.jsonl", [{"question": f"q{i}", "answer": answer} for i, (answer, _) in enumerate(cases)])
+    said = inside(capsys, "problems", "--source", path, "--out", tmp_path / "p.jsonl")
+    made = {r["problem"]: r["answer"] for r in rows_of(tmp_path / "p.jsonl")}
+    wanted = {f"q{i}": answer for i, (_, answer) in enumerate(cases) if answer is not None}
+    assert made == wanted and f"{len(cases) - len(wanted)} without an answer" in said
+
+
+def test_a_float_column_of_parquet(tmp_path, capsys):
+    """As pandas writes whole numbers when some are missing."""
+    import pyarrow
+    import pyarrow.parquet
+    table = pyarrow.table({"question": ["a", "b", "c"], "answer": [1.0, None, float("nan")]})
+    pyarrow.parquet.write_table(table, tmp_path / "f.parquet")
+    said = inside(capsys, "problems", "--source", tmp_path / "f.parquet", "--out", tmp_path / "p.jsonl")
+    assert [r["answer"] for r in rows_of(tmp_path / "p.jsonl")] == ["1"] and "2 without an answer" in said
+
+
+ODD_ROWS = {                           # column -> value of the second row -> what is said
+    "answer_nested": ({"answer": [["7"], "8"]}, "s.jsonl:2: answer is a list of lists"),
+    "answer_bool": ({"answer": True}, "s.jsonl:2: answer is true or false, text is expected"),
+    "answer_struct": ({"answer": {"x": 1}}, "s.jsonl:2: answer is a struct with the fields ['x']"),
+    "answer_surrogate": ({"answer": "\ud800"}, "s.jsonl:2: answer holds half a character"),
+    "problem_list": ({"question": ["a"]}, "s.jsonl:2: question is a list"),
+    "problem_number": ({"question": 5}, "s.jsonl:2: question is a number"),
+    "problem_surrogate": ({"question": "a\udfff"}, "s.jsonl:2: question holds half a character"),
+    "chat_of_two": ({"question": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+                    "s.jsonl:2: question is a chat of ['system', 'user']; one user message"),
+    "chat_of_none": ({"question": []}, "s.jsonl:2: question is a chat of []"),
+    "chat_of_parts": ({"question": [{"role": "user", "content": [{"type": "text"}]}]}, "s.jsonl:2: question is a list"),
+    "missing": ({"question": "a", "answer": ...}, "s.jsonl:2: no column answer"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_odd_rows_are_one_sentence_with_file_and_line(name, tmp_path, capsys):
+    changes, said = ODD_ROWS[name]
+    row = {k: v for k, v in {"question": "b", "answer": "2", **changes}.items() if v is not ...}
+    path = write(tmp_path / "s.jsonl", [{"question": "a", "answer": "1"}, row])
+    assert said in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_chats_and_structs_by_named_columns(tmp_path, capsys):
+    path = write(tmp_path / "c.jsonl", chat_rows([("a", "1"), ("b", "2")]))
+    args = ["problems", "--source", path, "--out", tmp_path / "p.jsonl", "--columns", "problem=prompt"]
+    said = inside(capsys, *args, "answer=reward_model", ok=False)
+    assert "c.jsonl:1: reward_model is a struct with the fields ['ground_truth', 'style'] (name one" in said
+    assert "no column reward_model.gold" in inside(capsys, *args, "answer=reward_model.gold", ok=False)
+    inside(capsys, *args, "answer=reward_model.ground_truth")
+    assert [(r["problem"], r["answer"]) for r in rows_of(tmp_path / "p.jsonl")] == [("a ", "1"), ("b ", "2")]
+
+
+def test_empty_problems_are_counted_and_own_pids_checked(tmp_path, capsys):
+    path = write(tmp_path / "e.jsonl", [{"question": q, "answer": "1"} for q in ("", "  \n", "a", None, "b")])
+    said = inside(capsys, "problems", "--source", path, "--out", tmp_path / "p.jsonl")
+    assert "5 rows, 3 empty problems, 2 kept" in said
+    good = {"pid": "p", "problem": "a", "answer": "1", "source": "s"}
+    for row, sentence in (({"pid": ""}, "o.jsonl:2: pid is empty"), ({"pid": 3}, "o.jsonl:2: pid is a number"),
+                          ({"pid": "\ud800"}, "o.jsonl:2: pid holds half"), ({"problem": "b"}, "the pid p stands for two")):
+        path = write(tmp_path / "o.jsonl", [good, {**good, **row}])
+        assert sentence in inside(capsys, "problems", "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
+
+
+def test_responses_of_every_kind(tmp_path, tiny_model_dir, capsys):
+    texts = [["<think>x</think>1", None, "", "  "], [], None, "<think>y</think>1"]
+    rows = [{"query": f"q{i}", "answer": "1", "DeepSeek-R1_Response_List": t} for i, t in enumerate(texts)]
+    args = ["teacher", "--model", tiny_model_dir]
+    said = inside(capsys, *args, "--source", write(tmp_path / "t.jsonl", rows), "--out", tmp_path / "o.jsonl")
+    assert [r["response"] for r in rows_of(tmp_path / "o.jsonl")] == ["<think>x</think>1", "<think>y</think>1"]
+    assert "3 empty responses" in said and "2 rows without a response" in said and "2 responses," in said
+    for odd, sentence in ((["\ud800"], "holds half a character"), ([1], "is a number"), ({"a": 1}, "is a struct")):
+        rows[1]["DeepSeek-R1_Response_List"] = odd
+        path = write(tmp_path / "s.jsonl", rows)
+        said = inside(capsys, *args, "--source", path, "--out", tmp_path / "x.jsonl", ok=False)
+        assert "s.jsonl:2: DeepSeek-R1_Response_List " + sentence in said
 
 
 # -------------------------------------------------------------------------------------------------------- contamination
@@ -357,6 +633,15 @@ def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
     said = inside(capsys, "model", "--model", tiny_model_dir, "--problems", bad, "--max-tokens", 4, "--engine", "hf",
                   "--out", tmp_path / "o.jsonl", ok=False)
     assert "bad.jsonl:1: field 'problem' is missing" in said
+    good = {"pid": "p", "problem": "a"}
+    for rows in ([good, good], [good, {**good, "pid": ""}], [good, {"pid": "q", "problem": " "}],
+                 [good, {"pid": "\ud800", "problem": "a"}], [good, {"pid": "q", "problem": "\udfff"}]):
+        path = write(tmp_path / "odd.jsonl", rows)
+        assert "odd.jsonl" in inside(capsys, "model", "--model", tiny_model_dir, "--problems", path, "--max-tokens", 4,
+                                     "--engine", "hf", "--out", tmp_path / "o.jsonl", ok=False)
+    for flag, value in (("--name", ""), ("--name", "a/b"), ("--name", "a b"), ("--seed", -1)):
+        assert flag in inside(capsys, *args, flag, value, ok=False)
+    assert not list(tmp_path.glob("o.*"))
     run("model", "--model", tmp_path / "none", "--problems", problem_file, "--out", tmp_path / "o.jsonl", ok=False)
 
 
@@ -413,7 +698,53 @@ def test_prepare_base(old_base, tmp_path, capsys):
     assert (tmp_path / "twice" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
 
+def test_prepare_base_keeps_the_rope_of_a_base_that_has_the_positions(old_base, tmp_path, capsys):
+    for wanted in (4096, 1000):
+        out = tmp_path / f"p{wanted}"
+        said = prepare(capsys, "--model", old_base, "--positions", wanted, "--rope-theta", 5e5, "--out", out)
+        assert "the base has 4096 positions: these and its rope are kept" in said
+        old, new = (json.loads((d / "config.json").read_text()) for d in (old_base, out))
+        assert new == old and load_tokenizer(out).model_max_length == 4096
+        tokenizer = load_tokenizer(out)
+        assert "You are helpful" not in tokenizer.decode(render_prompt(tokenizer, "1+1?"))
+
+
+def test_prepare_base_leaves_nothing_half_made(old_base, tmp_path, capsys, monkeypatch):
+    """The sidecar comes with the directory; what a kill left beside it is gone after the next start."""
+    out = tmp_path / "prepared"
+    args = ["--model", old_base, "--out", out]
+    stop = lambda *_: (_ for _ in ()).throw(SystemExit(130))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_base.Path, "rename", stop)
+        with pytest.raises(SystemExit):
+            prepare_base.main([str(a) for a in args])
+    assert not out.exists() and [p.name for p in tmp_path.iterdir()] == ["base"]
+    for _ in range(2):                                                       # made, and already there
+        (tmp_path / ".prepared.tmp").mkdir()
+        (tmp_path / ".prepared.tmp" / "model.safetensors").write_text("half")
+        prepare(capsys, *args)
+        assert common.read_meta(out / "base")["schema"] == "base"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "prepared"]
+    monkeypatch.setenv("RANK", "1")                                          # of several ranks one writes
+    prepare(capsys, "--model", old_base, "--out", tmp_path / "by_rank_1")
+    assert not (tmp_path / "by_rank_1").exists()
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("model.safetensors", b"", "no whole weights"), ("model.safetensors", b"\xff" * 100, "no whole weights"),
+    ("model.safetensors", None, "no whole weights"), ("config.json", b"{", "config.json cannot be read"),
+    ("tokenizer_config.json", b"[", "tokenizer")])
+def test_prepare_base_refuses_broken_files(old_base, tmp_path, capsys, name, content, said):
+    whole = (old_base / name).read_bytes()
+    (old_base / name).write_bytes(whole[:len(whole) // 2] if content is None else content)
+    assert said in prepare(capsys, "--model", old_base, "--out", tmp_path / "o", ok=False)
+
+
 @pytest.mark.parametrize("change, said", [
+    ({"num_hidden_layers": 3, "layer_types": None}, "are not there (model.layers.2."),
+    ({"num_hidden_layers": 1, "layer_types": None}, "are not of config.json's"),
+    ({"hidden_size": 32}, "has the shape"), ({"intermediate_size": 64}, "has the shape"),
+    ({"use_sliding_window": True}, "sliding-window"), ({"model_type": "bert"}, "are not there"),
     ({"tie_word_embeddings": True}, "lm_head.weight differs"), ({"vocab_size": 300}, "the embedding has 264 rows"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "plain RoPE")])
 def test_prepare_base_refuses_what_does_not_belong_together(old_base, tmp_path, capsys, change, said):
