@@ -9,7 +9,7 @@ A tree is a tuple of an operation and its parts.
     ("set", …) ("union", …) ("setminus", a, b)                          unordered
     ("()", …) ("(]", …) … (":", …) ("named", ("=", …), …)               ordered
     (relation, left, right, name) ("chain", relations, …)               y = 2x, a < b < c; the name of what is given
-    ("either", exact, rounded) ("mod", residue, modulus)
+    ("either", exact, rounded) ("claim", exact, "rounded") ("mod", residue, modulus)
 
 The text is hostile. Nothing of it is executed; its size and its depth are limited by count.
 """
@@ -48,7 +48,8 @@ LISTS = {",", "\n", "and", "or"}
 STRUCTURES = {"set", "union", "setminus", "named", ":", "base", "chain", "cases", "mod", r"\langle\rangle"} | INTERVALS
 TWO = ("num", Fraction(2))
 # The name of a value: x, AB, \theta, \vec{v}, x_1, f(x), |AB|, and (as an answer) m+n.
-NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
+MARKED = r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})"
+NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
                   r"'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
 # Letters that are functions even before a sum, f(x+1); another one is a factor there: n(n+1).
 FUNCTION_LETTERS = {*"fghFGH", r"\phi", r"\psi", r"\Phi", r"\Psi", r"\Gamma"}
@@ -171,12 +172,15 @@ class Parser:
 
     def name(self, start):
         """The text since `start`, if it can be the name of a value; of a ratio, if its parts can."""
-        text = "".join(self.tokens[start:self.at])
+        text = ""
+        for token in self.tokens[start:self.at]:
+            joint = " " if token[0].isalpha() and re.search(r"\\[a-zA-Z]+$", text) else ""
+            text += joint + token
         if re.fullmatch(r"\\text\{[^{}]*\}", text):
             return text
         text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\{([^{}]*(?:\{[^{}]*\})?)\}$", r"\1", text)
-        text = re.sub(r"^\\(?:sin|cos|tan|cot)(?=[A-Z\\])", "", text)                           # \sin A = 3/5
+        text = re.sub(r"^\\(?:sin|cos|tan|cot) ?(?=[A-Z\\])", "", text)                           # \sin A = 3/5
         parts = text.split(":")
         if not all(is_name(part) for part in parts):
             return ""
@@ -564,7 +568,7 @@ def relate(sides, names, signs):
     if signs == [r"\in"] and (names[0] or sides[0][0] == "()"):
         return sides[1]
     if all(sign in ("=", r"\approx", r"\equiv") for sign in signs):
-        return equation(sides, names)
+        return equation(sides, names, signs)
     if any(sign not in FLIP for sign in signs):
         raise Unreadable("a chain of relations")
     names = ["" if "+" in name else name for name in names]
@@ -620,7 +624,7 @@ def distance(sign, inner, letter, size):
     return ("union", ("()" if strict else "(]", MINUS_INFINITY, low), ("()" if strict else "[)", high, INFINITY))
 
 
-def equation(sides, names):
+def equation(sides, names, signs):
     """a = b; a name for a value; several names for one value; a chain of equal values."""
     left, right = sides[0], sides[-1]
     if right[0] == "mod" and len(sides) == 2:
@@ -636,24 +640,26 @@ def equation(sides, names):
     if n_names == len(sides):
         return ("=", *sides, names[0]) if len(sides) == 2 else ("chain", ("word", "="), *sides)
     if n_names == 0:
-        given = chain_value(sides) if len(sides) > 2 or not variables(left) and not variables(right) else None
+        given = chain_value(sides, signs) if len(sides) > 2 or not variables(left) and not variables(right) else None
         return given or ("=", *sides, "")
-    given = chain_value(sides[n_names:])
+    given = chain_value(sides[n_names:], signs[n_names:])
     if n_names == 1:
         return ("=", sides[0], given, names[0])
     return ("named", *(("=", side, given, name) for side, name in zip(sides[:n_names], names)))
 
 
-def chain_value(sides):
+def chain_value(sides, signs):
     """The value of a chain of equal ones: 10/4 = 5/2. A decimal at its end may be a rounding of the others:
-    ("either", exact, rounded)."""
+    ("either", exact, rounded); what is called near and is not is ("claim", exact, rounded)."""
     exact = sides[0]
-    for side in sides[1:]:
+    for side, sign in zip(sides[1:], signs):
         if side == exact and len(sides) == 2:
             raise Unreadable("1 = 1")
         if same_value(exact, side):
             continue
-        if side is not sides[-1] or not rounding(side, exact):
-            raise Unreadable("a chain of different values")
-        return ("either", exact, side)
+        if side is sides[-1] and rounding(side, exact):
+            return ("either", exact, side)
+        if sign == r"\approx":
+            return ("claim", exact, side)
+        raise Unreadable("a chain of different values")
     return exact

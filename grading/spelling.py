@@ -98,7 +98,7 @@ COMMANDS |= table(r"\land", "wedge") | table(r"\lor", "vee") | table(r"\emptyset
 COMMANDS |= table(r"\bar", "overline") | table(r"\hat", "widehat") | table(r"\tilde", "widetilde")
 COMMANDS |= table(r"\vec", "overrightarrow") | table(r"\R", "Reals reals") | table("°", "degree textdegree")
 COMMANDS |= {"var" + name: "\\" + name for name in ("epsilon", "phi", "theta", "rho", "pi", "sigma")}
-COMMANDS |= table("'", "prime") | table("/", "slash")
+COMMANDS |= table(r"\mod", "pmod bmod mod pod") | table("'", "prime") | table("/", "slash")
 END = "(?![a-zA-Z])"
 COMMAND = re.compile(r"\\([a-zA-Z]+)")
 
@@ -117,7 +117,12 @@ TENS = "|".join(POWER_OF_TEN)
 # Words before "is" that make the rest another answer than it looks: "no number is 204".
 TURNING = """(?:no|not|none|never|nor|or|and|if|when|unless|neither|either|but|less|more|than|least|most|below|above
     |under|over|minus|negative|half|twice|double|except|between|without|wrong|incorrect|false|cannot)"""
-TURNING = re.sub(r"\s", "", TURNING)
+TURNING = "(?i:" + re.sub(r"\s", "", TURNING) + ")"
+
+
+def without_speaker(match):
+    opened = match[1] or match[2]
+    return r"\text{" if opened and not match[3] else ""
 
 
 def joined_digits(match):
@@ -134,7 +139,7 @@ def statements(match):
 
 def split_words(match):
     """\\text{Alice, Bob} is a list of two words; \\text{204, 205} one of two numbers."""
-    return ",".join(rf"\text{{{part.strip()}}}" for part in re.split(",|;", match[1]) if part.strip())
+    return ",".join(rf"\text{{{part.strip()}}}" for part in re.split(r",|;|\\land|\\lor", match[1]) if part.strip())
 
 
 FIRST_RULES = [
@@ -164,6 +169,9 @@ RULES = [
     # Escaped signs: 50\%, \&, and the empty set as braces.
     (r"\\([%#&_])", r"\1"),
     (r"\\\{ *\\\}", r"\\emptyset "),
+    # Who speaks: "The answer is 5", n \text{ is prime}. Words that turn the meaning stay.
+    (r"^ *(\\text *\{)?(?![^{}$=]*\b" + TURNING + r"\b)[a-zA-Z' -]*(\\text *\{ *)?"
+     r"\b(?:is|are|answer|equals)\b[ :]*(\}?) *:?(?=.*[0-9a-zA-Z])", without_speaker),
     # A choice or one letter in text is the letter: \text{(B)}, \mathrm{e}, \text{C.}
     (r"^\s*\\text *\{ *\(? *([a-zA-Z]) *[).]* *\} *$", r"\1"),
     (r"\\text *\{ *([eid]) *\}", r" \1 "),
@@ -190,6 +198,10 @@ RULES = [
     # Three spellings of a binomial: {n \choose k}, and an array of two in parentheses.
     (r"\{([^{}]*)\\choose" + END + r"([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\( *\\begin *\{array\} *\{[lcr]\}([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)", r"\\binom{\1}{\2}"),
+    # Residues: 5 \pmod{7}, 5 \text{ mod } 7, 5 (mod 7).
+    (r"\(? *(?:\\text *\{ *mod *\}|(?<![a-zA-Z\\])mod)" + END + r" *([0-9a-zA-Z]+) *\)", r"\\mod \1"),
+    (r"\\text *\{ *mod *\}|(?<![a-zA-Z\\])mod" + END, r"\\mod "),
+    (r"\( *\\mod *([0-9a-zA-Z]+) *\)", r"\\mod \1"),
     # Derivatives on one line: dy/dx.
     (r"(?<![a-zA-Z\\])d([a-zA-Z]) */ *d([a-zA-Z])" + END, r"\\frac{d\1}{d\2}"),
     # Rows and alignment that carry no meaning: \begin{split} x&=5 \end{split}.
@@ -207,9 +219,7 @@ RULES = [
     (r"(?i:\\text *\{[ ,;]*OR *\})", r"\\lor "),
     (r"[,;] *(?=\\(?:land|lor)" + END + ")", " "),
     (r",(?: *,)+", ","),
-    # Who speaks and how: "The answer is 5", \textbf{Answer:} 5, \approx 5. Words that turn the meaning stay.
-    (r"^ *(?:\\text *\{)?(?![^{}$=]*\b" + TURNING + r"\b)[a-zA-Z' -]*(?:\\text *\{ *)?"
-     r"\b(?:is|are|answer|equals)\b[ :]*(?:\}|(?=[^}]*$)) *:?(?=.*[0-9a-zA-Z])", ""),
+    # What comes before: \textbf{Answer:} 5, Rs. 5, \approx 5, = 5.
     (r"^ *\\text *\{ *[a-zA-Z ]*: *\}", ""),
     (r"^ *\\text *\{ *(?:Rs\.?|USD|US|EUR|GBP|INR) *\} *(?=[0-9])", ""),
     (r"^[ :=]*(?:\\approx" + END + r")?[ =]*", ""),
@@ -223,8 +233,9 @@ RULES = [
     # A list of statements: (1)(3)(4).
     (r"^ *(?:\( *[0-9] *\) *){2,}$", statements),
     # Plain words are text, and a list of words is a list: Alice, Bob.
-    (r"(?:^|(?<=,)) *([A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|$)", r"\\text{\1}"),
-    (r"\\text *\{([^{},;]*[,;][^{}]*)\}", split_words),
+    (r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *([A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|\\land|\\lor|$)",
+     r"\\text{\1}"),
+    (r"\\text *\{((?:[^{},;\\]*(?:[,;]|\\land|\\lor))+[^{}]*)\}", split_words),
     (" +", " "),
 ]
 FIRST_RULES = [(re.compile(pattern), new) for pattern, new in FIRST_RULES]
@@ -322,7 +333,7 @@ def is_unit_word(word):
 
 def is_unit_text(text):
     """Does a \\text{...} hold declared units only? 'm/s^2', ' square cm', 'erg s^{-1}' do; 'plus one' does not."""
-    pieces = UNIT_PIECE.findall(text.replace(r"\mu", "µ").replace(r"\Omega", "Ω"))
+    pieces = UNIT_PIECE.findall(re.sub(r"\\mu *", "µ", re.sub(r"\\Omega *", "Ω", text)))
     words = [piece for piece in pieces if piece[0].isalpha()]
     signs = [piece for piece in pieces if not piece[0].isalpha() and piece[0] not in "^./()°-"]
     known = [is_unit_word(word) for word in words if word.lower() not in FILLERS]
@@ -357,7 +368,7 @@ def split_unit(text):
         element = elements[k][0]
         if element in JOINTS or element[0] in "^_":
             continue                                              # it joins the unit to its left, if there is one
-        if not is_unit(element, elements[k - 1][0], cut == k + 1):
+        if not is_unit(element, elements[k - 1][0], k + 1 == cut < len(elements)):
             break
         cut = k
         plain = plain or is_plain_unit(element)

@@ -413,10 +413,13 @@ def agree(first, second):
         pairs = list(zip(entries(a), entries(b)))
         real = all(abs(mp.im(x)) <= mp.mpf(10) ** -40 * abs(x) for pair in pairs for x in pair)
         largest = mp.mpf(2) ** METER.high
+        if first is second:
+            return True, real
         if differ(pairs, largest * mp.mpf(10) ** -40):
             return False, real
         digits = 100 + 4 * int(0.302 * (METER.high - METER.low))
-    limit("digits", digits)
+    if digits > LIMITS["digits"]:
+        raise Unknown("too near to be told apart")
     METER.cost = max(1, digits // 100)
     try:
         with mp.workdps(digits):
@@ -424,6 +427,11 @@ def agree(first, second):
             return not differ(pairs, largest * mp.mpf(10) ** -(digits * 6 // 10)), real
     finally:
         METER.cost = 1
+
+
+def agree_at(point, first, second):
+    here = functools.partial(first, point)
+    return agree(here, here if first is second else functools.partial(second, point))
 
 
 def differ(pairs, smallest):
@@ -441,7 +449,7 @@ def real_points(first, second, complex_, left_out=None):
             break
         point = Point(number)
         try:
-            equal, real = agree(lambda: first(point), lambda: second(point))
+            equal, real = agree_at(point, first, second)
         except (Undefined, ZeroDivisionError, ValueError):
             continue
         if not point.drawn or not equal and (real or complex_):
@@ -463,7 +471,7 @@ def integer_points(first, second, largest):
     for number in range(INTEGER_POINTS):
         point = Point(number, 10 if number % 2 else largest)
         try:
-            equal, _ = agree(lambda: first(point), lambda: second(point))
+            equal, _ = agree_at(point, first, second)
         except (Undefined, ZeroDivisionError, ValueError):
             continue
         if not point.drawn or not equal:
@@ -518,7 +526,7 @@ def same_value(a, b):
         if same_value(*(tree[1] if tree[0] == "percent" else tree for tree in (a, b))):
             return True
     first = functools.partial(value, a)
-    second = functools.partial(value, b)
+    second = first if a == b else functools.partial(value, b)
     letters = stepped_letters(a) | stepped_letters(b)
     if needs_integers(a) or needs_integers(b):
         return integer_points(first, second, 12)

@@ -49,7 +49,7 @@ from fractions import Fraction
 from grading.grammar import INTERVALS, STRUCTURES, Parser, TOKEN
 from grading.spelling import fold, is_wordy, normalise, split_qualifier, split_unit
 from grading.values import (FLIP, LIMITS, METER, TEXTS, TooBig, Undefined, Unknown, Unreadable, contains, limit, pieces,
-                            proportional, same_pieces, same_value, value, variables, Point)
+                            proportional, same_pieces, same_value, sorted_tree, value, variables, Point)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 Verdict = collections.namedtuple("Verdict", "correct status predicted")
@@ -131,7 +131,7 @@ def read(text, functions=frozenset(), factors=frozenset()):
 
 FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
             TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big"}
-Gold = collections.namedtuple("Gold", "text trees functions letters doubtful partial")
+Gold = collections.namedtuple("Gold", "text trees functions letters doubtful partial too_big")
 
 
 @functools.lru_cache(4096)
@@ -139,11 +139,21 @@ def understand(text):
     """What a gold means, decided once for both sides: its trees, which letters are functions and which are variables."""
     text = split_unit(split_qualifier(text)[0])[0]
     reading = read(text)
+    trees, too_big, failure = [], False, None
     for tree in reading.trees:
-        check(tree)
-    letters = frozenset().union(*(variables(tree) for tree in reading.trees))
-    partial = any(tree[0] != "word" and has_text(tree) for tree in reading.trees)
-    return Gold(text, reading.trees, reading.functions, letters - reading.functions, reading.doubtful, partial)
+        try:
+            check(tree)
+        except TooBig:
+            too_big = True
+        except tuple(FAILURES) as error:
+            failure = error
+            continue
+        trees.append(tree)
+    if not trees:
+        raise failure
+    letters = frozenset().union(*(variables(tree) for tree in trees))
+    partial = any(tree[0] != "word" and has_text(tree) for tree in trees)
+    return Gold(text, trees, reading.functions, letters - reading.functions, reading.doubtful, partial, too_big)
 
 
 def has_text(tree):
@@ -163,7 +173,7 @@ def check(tree):
             check(tree[2])
         elif not proportional(tree, tree):
             raise Undefined("an equation without a value")
-    elif kind in STRUCTURES or kind in ("named", "either"):
+    elif kind in STRUCTURES or kind in ("named", "either", "claim"):
         for part in tree[1:]:
             if isinstance(part, tuple) and kind != "base":
                 check(part)
@@ -178,7 +188,7 @@ def same(a, b):
         return True
     if a[0] == "either":
         return same(a[1], b) or same(a[2], b)
-    if b[0] == "either":
+    if b[0] in ("either", "claim"):
         return same(a, b[1]) or same(a, b[2])
     if a[0] in FLIP or b[0] in FLIP:
         return same_relation(a, b)
@@ -267,11 +277,21 @@ def same_sequence(a, b):
     shown = [item for item in b[1:] if item != ("dots",)]
     if a[0] not in (b[0], "set", "()") or ("dots",) not in items and len(items) <= len(shown):
         return False
-    if same(items[0], b[1]) is False or b[-1] != ("dots",) and same(items[-1], b[-1]) is False:
+    if differ_from_start(items, b[1:]) or differ_from_start(items[::-1], b[:0:-1]):
         return False
     if len(items) == len(b) - 1 and all(map(same, items, b[1:])):
         return True
     raise Unknown("an ellipsis")
+
+
+def differ_from_start(first, second):
+    """Do two lists differ before the ellipsis of either?"""
+    for x, y in zip(first, second):
+        if ("dots",) in (x, y):
+            return False
+        if not same(x, y):
+            return True
+    return False
 
 
 CHOICE = re.compile(r"\(? *([A-J]) *\)?")
@@ -338,7 +358,8 @@ def judge(predicted, gold):
         return None, "gold_unparsed"
     METER.restart()
     try:
-        return equal(p, meant), "ok"
+        right = equal(p, meant)
+        return (right, "ok") if right or not meant.too_big else (None, "gold_unparsed")
     except Unknown:
         return None, "unknown"
     except tuple(FAILURES) as error:
@@ -352,6 +373,8 @@ def equal(p, gold):
     if unit and not set(re.findall("[a-zA-Z]", unit)) & gold.letters:
         body = number
     answer = read(body, gold.functions, gold.letters)
+    if gold.too_big:
+        return any(sorted_tree(a) == sorted_tree(b) for a in answer.trees for b in gold.trees)
     if any(same(a, b) for a in answer.trees for b in gold.trees):
         return True
     doubtful = gold.doubtful | answer.doubtful
