@@ -507,7 +507,7 @@ def cases(rows):
 
 
 def is_name(text):
-    """x, AB, \theta, x_{12}, f(x), but not \infty, nor an operation such as \frac."""
+    r"""x, AB, \theta, x_{12}, f(x), but not \infty, nor an operation such as \frac."""
     command = re.match(r"\\[a-zA-Z]+", text)
     if command and command[0] not in SYMBOLS and command[0] not in ACCENTS and command[0] != r"\pi":
         return False

@@ -160,6 +160,7 @@ FIRST_RULES = [
     # Blackboard letters of number sets: \mathbb{R}, \mathbb Z.
     (r"\\mathbb *\{? *([RZNQC]) *\}?", r"\\\1 "),
     (r"\\mathbb" + END, r"\\mathbf"),
+    (" +", " "),
     # Empty groups hold a place: {}^\circ C.
     (r"(?<![_^a-zA-Z}\\])\{ *\}(?= *\^)", ""),
 ]
@@ -233,7 +234,7 @@ RULES = [
     # A list of statements: (1)(3)(4).
     (r"^ *(?:\( *[0-9] *\) *){2,}$", statements),
     # Plain words are text, and a list of words is a list: Alice, Bob.
-    (r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *([A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|\\land|\\lor|$)",
+    (r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *([A-Z][a-z]{2}|[A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|\\land|\\lor|$)",
      r"\\text{\1}"),
     (r"\\text *\{((?:[^{},;\\]*(?:[,;]|\\land|\\lor))+[^{}]*)\}", split_words),
     (" +", " "),
@@ -388,9 +389,9 @@ NAMED = r"[a-zA-Z](?:_\{?[a-zA-Z0-9]\}?)?"
 NUMBER_SET = r"\\[RZNQC] *(?:\^ *\{? *[-+*] *\}?|_ *\{? *[^{} ]+ *\}?|[+])? *"
 QUALIFIERS = [re.compile(pattern) for pattern in (
     # f(x)=x \text{ for all real } x, ... for some a>0
-    OPEN_TEXT + r"\bfor *\}? *(?:\\text *\{)? *(?:all|any|every|each|some|arbitrary|integers?|reals?|positive)\b.*$",
+    OPEN_TEXT + r"(?<!\\)\bfor *\}? *(?:\\text *\{)? *(?:all|any|every|each|some|arbitrary|integers?|reals?|positive)\b.*$",
     # 2^n-1 \text{ for } n \ge 1
-    OPEN_TEXT + rf"\bfor *\}}? *{NAMED} *(?:\\ge|\\le|\\in|\\ne|>|<)[^=,;]*$",
+    OPEN_TEXT + rf"(?<!\\)\bfor *\}}? *{NAMED} *(?:\\ge|\\le|\\in|\\ne|>|<)[^=,;]*$",
     # f(x)=x+c \text{ where } c \text{ is a constant}
     OPEN_TEXT + r"\b(?:where|with)\b.*\b(?:constants?|integers?|reals?|numbers?|arbitrary|parameters?)\b.*$",
     # f(x)=x \quad \forall x \in \mathbb{R}

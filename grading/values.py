@@ -354,7 +354,11 @@ def value(tree, point):
     matrices = sum(isinstance(v, mp.matrix) for v in values)
     if matrices and kind not in ("*", "^", "neg", "det") and (kind != "+" or matrices < len(values)):
         raise Unreadable(f"{kind} of a matrix")
-    return charged(OPERATIONS[kind](*values), 8 if kind == "^" or kind in FUNCTIONS else 1)
+    try:
+        result = OPERATIONS[kind](*values)
+    except TypeError as error:                                    # mpmath's, for the order of complex numbers
+        raise Undefined(f"{kind}: {error}") from error
+    return charged(result, 8 if kind == "^" or kind in FUNCTIONS else 1)
 
 
 def bound_value(body, name, number, point):
@@ -551,8 +555,10 @@ def everywhere(a, b, first, second):
 def close(first, second):
     """Are two numbers within a part in a hundred?"""
     with mp.workdps(20):
-        x, y = inexact(first(Point(0))), inexact(second(Point(0)))
-        return abs(x - y) <= 0.01 * max(abs(x), abs(y))
+        x, y = first(Point(0)), second(Point(0))
+        if shape(x) or shape(y):
+            return False
+        return abs(inexact(x) - inexact(y)) <= 0.01 * max(abs(inexact(x)), abs(inexact(y)))
 
 
 def same_text(a, b):

@@ -344,8 +344,10 @@ def judge_text(p, g):
 
 
 def judge(predicted, gold):
-    """(correct, status) of an extracted answer against one gold."""
+    """(correct, status) of an extracted answer against one gold; of no answer (None): can the gold be judged?"""
     METER.restart()
+    if predicted is None:
+        return judge_gold(gold)
     p, g = normalise(predicted), normalise(gold)
     known = judge_text(p, g)
     if known is not None:
@@ -364,6 +366,19 @@ def judge(predicted, gold):
         return None, "unknown"
     except tuple(FAILURES) as error:
         return False, FAILURES[type(error)]
+
+
+def judge_gold(gold):
+    """(True, "ok") if any answer can be judged against this gold, else (None, why not)."""
+    try:
+        meant = understand(normalise(gold))
+    except Unknown:
+        return None, "unknown"
+    except tuple(FAILURES):
+        return None, "gold_unparsed"
+    if meant.too_big:
+        return None, "gold_unparsed"
+    return (None, "unknown") if meant.partial else (True, "ok")
 
 
 def equal(p, gold):
@@ -418,6 +433,24 @@ def verify(response, answer):
 
 
 # ----------------------------------------------------------------------------- 4. many, in processes that can be killed
+class Work:
+    """What a worker is busy with: the places of the pairs that it has not judged, a half-read line, a deadline."""
+
+    def __init__(self, chunk, seconds):
+        self.pending = collections.deque(chunk)
+        self.rest = b""
+        self.seconds = seconds
+        self.extend()
+
+    def extend(self):
+        self.deadline = time.monotonic() + self.seconds
+
+    def lines(self, data):
+        """The whole lines that have come in."""
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return lines
+
+
 class Pool:
     """Worker processes that stay alive between calls. Each is a fresh Python with a clean environment (nothing of
     torchrun, of CUDA, of a preloaded library), a memory limit and no torch, that answers pair by pair: so it is known
@@ -427,12 +460,15 @@ class Pool:
     KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "SYSTEMROOT", "TMPDIR")
 
     def __init__(self, seconds=20, megabytes=512, limits=None):
-        self.seconds, self.idle = seconds, []
-        self.command = [sys.executable, "-m", "grading.verifier", "--worker", json.dumps([megabytes, limits or {}])]
+        self.seconds = seconds
+        self.idle = []
+        settings = json.dumps([megabytes, limits or {}])
+        self.command = [sys.executable, "-m", "grading.verifier", "--worker", settings]
 
     def start(self):
         kept = {name: os.environ[name] for name in self.KEPT if name in os.environ}
-        worker = subprocess.Popen(self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        worker = subprocess.Popen(self.command + [str(os.getpid())], cwd=ROOT, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, start_new_session=True,
                                   env=kept | {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"})
         if worker.stdout.readline() != b"ready\n":
             raise RuntimeError(f"a verifier process does not start (exit code {worker.wait()}): {self.command}")
@@ -445,79 +481,97 @@ class Pool:
         try:
             worker.stdin.close()
         except BrokenPipeError:
-            pass                                                                # what it did not read any more
+            pass                                                   # what it did not read any more
 
     def close(self):
         while self.idle:
             self.stop(self.idle.pop())
 
-    def judge(self, jobs, workers, done=lambda k: None):
-        """[(predicted, golds)…] -> [(correct, status)…]; done(k) is called as job k is judged."""
-        verdicts, failures, busy = [None] * len(jobs), collections.Counter(), {}
+    def judge(self, jobs, workers):
+        """[(predicted, golds)…] -> [(correct, status)…]"""
         size = max(1, min(200, len(jobs) // (4 * workers)))
         queue = collections.deque(range(start, min(start + size, len(jobs))) for start in range(0, len(jobs), size))
-        selector = selectors.DefaultSelector()
-
-        def release(worker):
-            selector.unregister(worker.stdout)
-            return busy.pop(worker)
-
-        def settle(k, verdict):
-            verdicts[k] = verdict
-            done(k)
-
-        def lose(worker, status):
-            guilty, *others = release(worker)[0]
-            self.stop(worker)
-            failures[guilty] += 1
-            if failures[guilty] == 2:
-                settle(guilty, (None, status))
-            queue.extend([chunk for chunk in (others, [guilty] * (failures[guilty] < 2)) if chunk])
-
-        try:
-            while queue or busy:
-                while queue and len(busy) < workers:
-                    worker, chunk = self.idle.pop() if self.idle else self.start(), queue.popleft()
-                    selector.register(worker.stdout, selectors.EVENT_READ, worker)
-                    busy[worker] = [collections.deque(chunk), b"", time.monotonic() + self.seconds]
-                    try:
-                        worker.stdin.write(json.dumps([jobs[k] for k in chunk]).encode() + b"\n")
-                        worker.stdin.flush()
-                    except BrokenPipeError:  # it died since the last call; its end is read below
-                        continue
-                soonest = min(deadline for _, _, deadline in busy.values())
-                for key, _ in selector.select(max(0.0, soonest - time.monotonic())):
-                    worker, data = key.data, os.read(key.fd, 65_536)
-                    if not data:
-                        lose(worker, "crashed")
-                        continue
-                    pending, rest, _ = busy[worker]
-                    *lines, rest = (rest + data).split(b"\n")
-                    for line in lines:
-                        settle(pending.popleft(), tuple(json.loads(line)))
-                    busy[worker][1:] = rest, time.monotonic() + self.seconds
-                    if not pending:
-                        release(worker)
-                        self.idle.append(worker)
-                for worker in [w for w, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]:
-                    lose(worker, "timeout")
-        finally:
-            for worker in list(busy):  # only after an exception: its answers have no reader
-                release(worker)
-                self.stop(worker)
-            selector.close()
+        verdicts = [None] * len(jobs)
+        failures = collections.Counter()
+        busy = {}                                                  # worker -> Work
+        with selectors.DefaultSelector() as selector:
+            try:
+                while queue or busy:
+                    while queue and len(busy) < workers:
+                        chunk = queue.popleft()
+                        worker = self.send([jobs[k] for k in chunk])
+                        busy[worker] = Work(chunk, self.seconds)
+                        selector.register(worker.stdout, selectors.EVENT_READ, worker)
+                    for worker, status in self.receive(selector, busy, verdicts):
+                        selector.unregister(worker.stdout)
+                        work = busy.pop(worker)
+                        if status == "done":
+                            self.idle.append(worker)
+                            continue
+                        self.stop(worker)
+                        queue.extend(retries(work.pending, status, failures, verdicts))
+            finally:
+                for worker in busy:                                # only after an exception: nobody reads their answers
+                    self.stop(worker)
         return verdicts
 
+    def send(self, pairs):
+        """A worker that has been given the pairs."""
+        worker = self.idle.pop() if self.idle else self.start()
+        try:
+            worker.stdin.write(json.dumps(pairs).encode() + b"\n")
+            worker.stdin.flush()
+        except BrokenPipeError:
+            pass                                                   # it died since the last call: receive() reads its end
+        return worker
 
-POOL, LOCK = Pool(), threading.Lock()
+    def receive(self, selector, busy, verdicts):
+        """Wait for answers, and note them; [(worker, status)…] of those that are done, crashed or too slow."""
+        ended = []
+        soonest = min(work.deadline for work in busy.values())
+        for key, _ in selector.select(max(0.0, soonest - time.monotonic())):
+            work = busy[key.data]
+            data = os.read(key.fd, 65_536)
+            if not data:
+                ended.append((key.data, "crashed"))
+                continue
+            for line in work.lines(data):
+                verdicts[work.pending.popleft()] = tuple(json.loads(line))
+            work.extend()
+            if not work.pending:
+                ended.append((key.data, "done"))
+        known = [worker for worker, _ in ended]
+        now = time.monotonic()
+        ended += [(w, "timeout") for w, work in busy.items() if work.deadline <= now and w not in known]
+        return ended
+
+
+def retries(pending, status, failures, verdicts):
+    """The chunks to try again after a worker was lost at the first of its pending pairs: the others together, and that
+    one alone, unless it is the second time."""
+    guilty, *others = pending
+    failures[guilty] += 1
+    if failures[guilty] == 2:
+        verdicts[guilty] = (None, status)
+        return [others] if others else []
+    return [others, [guilty]] if others else [[guilty]]
+
+
+POOL = Pool()
+LOCK = threading.Lock()
 atexit.register(POOL.close)
 
 
-def verify_many(pairs, workers=None, progress=None, pool=POOL):
+def n_cores():
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def verify_many(pairs, workers=None, pool=POOL):
     """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are judged once; what
     takes more than a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most
-    8; 0: this process). progress(n) is called as n more verdicts stand."""
-    verdicts, places = [], collections.defaultdict(list)
+    8; 0: this process)."""
+    verdicts = []
+    places = collections.defaultdict(list)                         # (predicted, golds) -> where it stands
     for response, answer in pairs:
         golds = golds_of(answer)
         predicted, status = extract(response)
@@ -525,28 +579,52 @@ def verify_many(pairs, workers=None, progress=None, pool=POOL):
         if known is None:
             places[predicted, golds].append(len(verdicts))
         verdicts.append(Verdict(known, status or "ok", predicted))
-        if progress and known is not None:
-            progress(1)
     jobs = list(places)
-
-    def done(k):
-        if progress:
-            progress(len(places[jobs[k]]))
-
-    workers = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
-    if workers and jobs:
-        with LOCK:
-            judged = pool.judge(jobs, min(workers, -(-len(jobs) // 50)), done)
-    else:
-        judged = [(judge_any(*job), done(k))[0] for k, job in enumerate(jobs)]
-    for (predicted, golds), (correct, status) in zip(jobs, judged, strict=True):
-        for place in places[predicted, golds]:
-            verdicts[place] = Verdict(correct, status, predicted)
+    for job, (correct, status) in zip(jobs, judge_jobs(jobs, workers, pool), strict=True):
+        for place in places[job]:
+            verdicts[place] = Verdict(correct, status, job[0])
     return verdicts
 
 
-def serve(megabytes, limits):
+def judge_jobs(jobs, workers=None, pool=POOL):
+    """[(predicted, golds)…] -> [(correct, status)…], in worker processes or in this one."""
+    workers = n_cores() if workers is None else workers
+    if not jobs or not workers:
+        return [judge_any(*job) for job in jobs]
+    with LOCK:
+        return pool.judge(jobs, min(workers, -(-len(jobs) // 50)))
+
+
+def unreadable_golds(answers, workers=None, pool=POOL):
+    """The answers (as given, in order; each a gold or a list of golds) that cannot be judged: a gold of theirs cannot
+    be read, has no value, passes a limit, or is read only in part (text inside an expression, an ellipsis), so that a
+    wrong response to it would be unknown."""
+    distinct = list(dict.fromkeys(gold for answer in answers for gold in golds_of(answer)))
+    # A gold and no answer: the worker says whether the gold can be judged.
+    verdicts = dict(zip(distinct, judge_jobs([(None, (gold,)) for gold in distinct], workers, pool)))
+    return [answer for answer in answers
+            if not golds_of(answer) or any(verdicts[gold][0] is not True for gold in golds_of(answer))]
+
+
+# -------------------------------------------------------------------------------------------------- 5. the worker's side
+def requests(parent):
+    """Lines from standard input until it ends, or until the parent is gone while others keep its end of the pipe."""
+    data = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
+        while os.getppid() == parent:
+            if not selector.select(2.0):
+                continue
+            more = os.read(0, 1 << 20)
+            if not more:
+                return
+            *lines, data = (data + more).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def serve(megabytes, limits, parent):
     """A worker: lines of JSON [[predicted, golds]…] in, a line [correct, status] out for each pair as it is judged."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C is for the parent, which decides
     LIMITS.update(limits)
     sys.setrecursionlimit(max(1_000, min(10 * LIMITS["depth"], 10**8)))
     size = megabytes << 20
@@ -554,14 +632,16 @@ def serve(megabytes, limits):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", flush=True)
     try:
-        for line in sys.stdin:
-            for predicted, golds in json.loads(line):
+        for pairs in requests(parent):
+            for predicted, golds in pairs:
                 print(json.dumps(judge_any(predicted, golds)), flush=True)
-    except MemoryError:  # the state is not to be trusted any more
+    except BrokenPipeError:                                        # the parent is gone
+        os._exit(0)
+    except MemoryError:                                            # the state is not to be trusted any more
         sys.exit(f"error: a verifier process went over its {megabytes} MB, and is replaced")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--worker"]:
         sys.exit("error: this is a library; use verify() and verify_many(), or 02_verify_score.py verify")
-    serve(*json.loads(sys.argv[2]))
+    serve(*json.loads(sys.argv[2]), int(sys.argv[3]))
