@@ -1,75 +1,84 @@
-"""LaTeX answers as trees, and trees as numbers: the grammar and the arithmetic of verifier.py.
+"""LaTeX answers as trees: the grammar of verifier.py.
 
-The text is hostile. Nothing of it is executed; its size, its depth, every exponent and the work as a whole are limited
-by count.
+A tree is a tuple of an operation and its parts.
+
+    ("num", Fraction)  ("sym", name)  ("base", number, base)            numbers, variables, 204_5
+    ("word", letters)  ("opaque", text)  ("dots",)                      text; what is equal to its own spelling only; \\ldots
+    ("+", …) ("*", …) ("^", a, b) ("inv", a) ("sin", a) …               expressions; values.py gives them values
+    ("apply", name, …)                                                  f(0), y'(t): a function that is not known
+    ("set", …) ("union", …) ("setminus", a, b)                          unordered
+    ("()", …) ("(]", …) … (":", …) ("named", ("=", …), …)               ordered
+    (relation, left, right, name) ("chain", relations, …)               y = 2x, a < b < c; the name of what is given
+    ("either", exact, rounded) ("claim", exact, "rounded") ("mod", residue, modulus)
+
+The text is hostile. Nothing of it is executed; its size and its depth are limited by count.
 """
-import functools
 import itertools
-import math
-import operator
-import random
 import re
-import unicodedata
 from fractions import Fraction
 
-from mpmath import mp
-
-LIMITS = {"tail": 20_000, "answer": 2_000, "tokens": 1_500, "depth": 60, "items": 40, "bits": 200_000,
-          "factorial": 5_000, # characters, characters, tokens, levels, items, …, operations
-          "exponent": 10**8, "terms": 1_000, "work": 10_000}
+from grading.spelling import FUNCTIONS, GREEK, fold
+from grading.values import (CONSTANTS, FLIP, INFINITY, INTERVALS, MINUS_INFINITY, Point, Unreadable, as_union, common,
+                            joined, limit, pieces, rounding, same_value, value, variables)
 
 
-class Unreadable(Exception):
-    """The text is not an answer that the grammar knows."""
-
-
-class Undefined(Exception):
-    """The expression has no value."""
-
-
-class TooBig(Exception):
-    """A limit is passed."""
-
-
-def limit(name, amount):
-    if amount > LIMITS[name]:
-        raise TooBig(name)
-
-
-# ------------------------------------------------------------------------------------------------------ 1. text -> tree
-FUNCTIONS = {f: f for f in "sin cos tan cot sec csc sinh cosh tanh coth exp".split()}  # LaTeX name -> mpmath name
-FUNCTIONS |= {"arc" + f: "a" + f for f in "sin cos tan cot sec csc".split()} | {"ln": "ln", "log": "ln", "lg": "log10"}
-GREEK = {chr(code): "\\" + unicodedata.name(chr(code)).split()[-1].lower().replace("lamda", "lambda")
-         for code in [*range(0x3b1, 0x3ca), 0x3c6, 0x3d5]}
-GREEK |= {chr(code): GREEK[chr(code + 32)].replace("\\", "").title().join(("\\", "")) 
-          for code in (0x393, 0x394, 0x398, 0x39b, 0x3a3, 0x3a6, 0x3a8, 0x3a9)}
-# A tree is ("num", Fraction), ("sym", name), ("base", digits, base) or (operation, *trees). Structure is part of it:
-# ("set" | "union", …) unordered, ("()" | "(]" | … | ":", …) ordered, ("named", ("=", …), …), and for relations
-# (relation, left, right, name or "").
-TOKEN = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9a-zA-Z.]))?|\\[a-zA-Z]+|\\[{}|]|[^ ]")
+# ---------------------------------------------------------------------------------------------------------- the tables
+TOKEN = re.compile(
+    r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9a-zA-Z.]))?"                         # 12, .5, 6.02e23
+    r"|\\[a-zA-Z]+|\\[{}|]|[^ ]")
 CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor",
            r"\lceil": r"\rceil", "|": "|"}
-SYMBOLS = {*GREEK.values(), *(rf"\{name}" for name in "Gamma Lambda Pi Xi ell infty hbar emptyset R nabla".split())}
-ACCENTS = {rf"\{name}" for name in "dot ddot hat bar vec tilde overline angle widehat triangle overrightarrow".split()}
-COMMANDS = {rf"\{name}" for name in [*FUNCTIONS, *"frac binom sqrt sum prod int begin text".split()]}
-FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne", "=": "="}
-INFIX = {"\n": 1, "&": 2, ",": 3, ";": 3, r"\in": 4, r"\approx": 4, r"\cup": 5, ":": 6, "+": 7, "-": 7, "/": 8,
-         r"\div": 8, r"\cdot": 8, r"\times": 8} | dict.fromkeys(FLIP, 4)  # how tightly they bind; factors side by side as \cdot
-NAME = re.compile(r"(?:[a-zA-Z]|[A-Z]{2,3}|\\[a-zA-Z]+(?:\{[^{}]*\})?)"                     # x, AB, \theta, \vec{v}
-                  r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
-STRUCTURES = {"set", "union", "named", ":", "base", "()", "(]", "[)", "[]", r"\langle\rangle"}
-TWO, INFINITY, MINUS_INFINITY = ("num", Fraction(2)), ("sym", r"\infty"), ("neg", ("sym", r"\infty"))
 
 
+def commands(names):
+    return {"\\" + name for name in names.split()}
+
+
+SYMBOLS = {command.strip() for command in GREEK.values()} | commands("Gamma Lambda Pi Xi ell infty hbar emptyset R Z N Q C nabla")
+ACCENTS = commands("dot ddot hat bar vec tilde angle triangle")
+COMMANDS = commands(" ".join(FUNCTIONS) + " frac binom sqrt sum prod int begin text ldots underbrace overbrace")
+# How tightly an operator binds; factors side by side bind as \cdot does.
+INFIX = {"\n": 1, "&": 2, r"\lor": 3, ";": 3, ",": 4, r"\land": 4}
+INFIX |= dict.fromkeys([*FLIP, r"\in", r"\approx", r"\equiv"], 5)
+INFIX |= {r"\mod": 6, r"\setminus": 6, r"\cup": 6, ":": 7, "+": 8, "-": 8, "/": 9, r"\div": 9, r"\cdot": 9, r"\times": 9}
+KINDS = {1: "\n", 2: "&", 3: "or", 4: ",", 6: "union", 7: ":", 8: "+", 9: "*"}
+RELATION, SUM, PRODUCT = 5, 8, 9
+NUMBER_SETS = [("sym", "\\" + letter) for letter in "ZNQC"] + [("()", MINUS_INFINITY, INFINITY)]
+LISTS = {",", "\n", "and", "or"}
+STRUCTURES = {"set", "union", "setminus", "named", ":", "base", "chain", "cases", "mod", r"\langle\rangle"} | INTERVALS
+TWO = ("num", Fraction(2))
+# The name of a value: x, AB, \theta, \vec{v}, x_1, f(x), |AB|, and (as an answer) m+n.
+MARKED = r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})"
+NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
+                  r"'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
+# Letters that are functions even before a sum, f(x+1); another one is a factor there: n(n+1).
+FUNCTION_LETTERS = {*"fghFGH", r"\phi", r"\psi", r"\Phi", r"\Psi", r"\Gamma"}
+
+
+# -------------------------------------------------------------------------------------------------------------- parser
 class Parser:
-    """Precedence climbing over the tokens of an answer."""
+    """Precedence climbing over the tokens of an answer.
 
-    def __init__(self, text):
-        self.tokens, self.at, self.depth, self.bars, self.trig = TOKEN.findall(text), 0, 0, 0, False
+    A letter before parentheses is a function if what they hold is one number, one name or a list (f(0), I(t), P(a,b)),
+    or if it is in `functions`; `factors` never are. `applied` collects the functions found, `doubtful` those that may be
+    factors as well: h(a+b).
+    """
+
+    def __init__(self, text, functions=frozenset(), factors=frozenset()):
+        self.tokens = TOKEN.findall(text)
         limit("tokens", len(self.tokens))
+        self.at = 0
+        self.depth = 0
+        self.bars = 0                    # inside |…|, where a bar closes
+        self.trig = False                # inside \sin, where a degree sign counts
+        self.functions = functions
+        self.factors = factors
+        self.applied = set()
+        self.doubtful = set()
 
     def peek(self, ahead=0):
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ""
+        place = self.at + ahead
+        return self.tokens[place] if 0 <= place < len(self.tokens) else ""
 
     def take(self, *expected):
         token = self.peek()
@@ -78,7 +87,16 @@ class Parser:
         self.at += 1
         return token
 
+    def found(self, token):
+        """Take the token if it is the next one."""
+        if self.peek() != token:
+            return False
+        self.at += 1
+        return True
+
     def whole(self):
+        if len(self.tokens) == 1 and self.tokens[0] in INFIX:
+            return ("word", self.tokens[0])                        # which sign belongs here? \div
         tree = listed(self.expression())
         if self.peek():
             raise Unreadable(f"'{self.peek()}' after the end")
@@ -91,53 +109,86 @@ class Parser:
         start = self.at
         if self.peek() in ("+", "-"):
             sign = self.take()
-            left = self.expression(max(level, INFIX["+"]), bare)
+            left = self.expression(max(level, SUM), bare)
             left = ("neg", left) if sign == "-" else left
         else:
             left = self.power()
-        while INFIX.get(self.peek(), 8 if self.starts_factor() else 0) > level:
+        while self.strength() > level:
             token = self.peek()
             if bare and (token in INFIX or token in "([" or token[1:] in FUNCTIONS):
                 break
-            strength = INFIX.get(token, 8)
-            if strength == INFIX["="]:
+            strength = self.strength()
+            if strength == RELATION:
                 left = self.relations(left, start)
                 continue
-            if token in INFIX:
-                self.take()
-            elif token[-1].isdigit() and self.peek(-1)[-1] in "0123456789.":
-                raise Unreadable("two numbers side by side")
-            right = self.expression(strength, bare)
-            right = ("neg", right) if token == "-" else ("inv", right) if token in ("/", r"\div") else right
-            kind = {1: "\n", 2: "&", 3: ",", 5: "union", 6: ":", 7: "+", 8: "*"}[strength]
-            left = (*(left if left[0] == kind else (kind, left)), right)
+            left = self.operation(left, strength, bare)
         self.depth -= 1
         return left
 
-    def starts_factor(self):
+    def strength(self):
+        """How tightly the next token binds; 0 at the end."""
         token = self.peek()
-        if token in SYMBOLS | ACCENTS | COMMANDS | CLOSERS.keys():
+        if token in INFIX:
+            return INFIX[token]
+        return PRODUCT if self.starts_factor(token) else 0
+
+    def starts_factor(self, token):
+        if token in SYMBOLS or token in ACCENTS or token in COMMANDS or token in CLOSERS:
             return token != "|" or not self.bars
         return token[-1:].isalnum() and token[0] != "\\"
 
+    def operation(self, left, strength, bare):
+        """One operator and its right side, added to `left`."""
+        token = self.peek()
+        if token in INFIX:
+            self.take()
+        elif token[-1].isdigit() and self.peek(-1)[-1] in "0123456789.":
+            raise Unreadable("two numbers side by side")
+        if strength <= INFIX[","] and not self.peek() and token in (",", ";", "\n"):
+            return left
+        right = self.expression(strength, bare)
+        if token == r"\setminus" or token == "-" and (left in NUMBER_SETS or left[0] in INTERVALS):
+            return ("setminus", left, listed(right))
+        if token == "-":
+            right = ("neg", right)
+        if token in ("/", r"\div"):
+            right = ("inv", right)
+        kind = {r"\land": "and", r"\mod": "mod"}.get(token, KINDS[strength])
+        if left[0] == kind:
+            return (*left, right)
+        return (kind, left, right)
+
     def relations(self, left, start):
-        sides, names, ops = [left], [self.name(start)], []
-        while INFIX.get(self.peek()) == INFIX["="]:
-            ops.append(self.take())
+        sides = [left]
+        names = [self.name(start)]
+        signs = []
+        while INFIX.get(self.peek()) == RELATION:
+            signs.append(self.take())
             start = self.at
-            sides.append(self.expression(INFIX["="]))
+            sides.append(self.expression(RELATION))
             names.append(self.name(start))
-        return relate(sides, names, ops)
+        limit("items", len(sides))
+        return relate(sides, names, signs)
 
     def name(self, start):
-        """The text since `start`, if it can be the name of a value: x, x_1, f(x), AB, \\theta."""
-        text = "".join(self.tokens[start:self.at])
-        command = self.tokens[start] if self.tokens[start][0] == "\\" else r"\pi"
-        return text if NAME.fullmatch(text) and command in SYMBOLS | ACCENTS | {r"\text"} and text != r"\infty" else ""
+        """The text since `start`, if it can be the name of a value; of a ratio, if its parts can."""
+        text = ""
+        for token in self.tokens[start:self.at]:
+            joint = " " if token[0].isalpha() and re.search(r"\\[a-zA-Z]+$", text) else ""
+            text += joint + token
+        if re.fullmatch(r"\\text\{[^{}]*\}", text):
+            return text
+        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+        text = re.sub(r"^\{([^{}]*(?:\{[^{}]*\})?)\}$", r"\1", text)
+        text = re.sub(r"^\\(?:sin|cos|tan|cot) ?(?=[A-Z\\])", "", text)                           # \sin A = 3/5
+        parts = text.split(":")
+        if not all(is_name(part) for part in parts):
+            return ""
+        return re.sub(r"_\{?\\?([^{}]*)\}?", r"_\1", text)
 
     def power(self):
         tree = self.primary()
-        while self.peek() in ("^", "!", "°", "%", "_"):
+        while self.peek() in ("^", "!", "°", "%", "_", "'"):
             token = self.take()
             if token == "^":
                 tree = ("^", tree, self.exponent())
@@ -145,13 +196,32 @@ class Parser:
                 if tree[0] != "num" or tree[1].denominator > 1:
                     raise Unreadable("an index on what is neither a name nor a number")
                 tree = ("base", tree[1], self.raw())
-            elif token != "°" or self.trig:
-                tree = ({"!": "!", "%": "percent", "°": "degree"}[token], tree)
+            elif token == "!" and self.found("!"):
+                tree = ("!!", tree)
+            elif token == "°":
+                tree = self.arc(tree)
+                tree = ("degree", tree) if self.trig else tree
+            elif token == "'" and tree[0] != "num":
+                raise Unreadable("a prime on what is neither a name nor a number")
+            elif token != "'":
+                tree = ({"!": "!", "%": "percent"}[token], tree)
         return tree
 
+    def arc(self, degrees):
+        """63°45'30'' in degrees."""
+        for size in (60, 3600):
+            if self.peek()[-1:].isdigit() and self.peek(1) == "'":
+                part = ("num", Fraction(self.take()) / size)
+                while self.found("'"):
+                    pass
+                degrees = ("+", degrees, part)
+        return degrees
+
     def exponent(self):
-        tree = ("neg", self.argument()) if self.peek() == "-" and self.take() else self.argument()
-        return ("^", tree, self.exponent()) if self.peek() == "^" and self.take() else tree
+        minus = self.found("-") or self.found("+") and False
+        tree = self.argument()
+        tree = ("neg", tree) if minus else tree
+        return ("^", tree, self.exponent()) if self.found("^") else tree
 
     def argument(self):
         self.depth += 1
@@ -162,10 +232,12 @@ class Parser:
 
     def raw(self):
         """A group, or one token, as text without braces: for names."""
-        start, level = self.at, 0
+        start = self.at
+        level = 0
         while self.at == start or level > 0:
             level += {"{": 1, "}": -1}.get(self.take(), 0)
-        return "".join(token for token in self.tokens[start:self.at] if token not in ("{", "}", r"\text"))
+        tokens = [token for token in self.tokens[start:self.at] if token not in ("{", "}", r"\text")]
+        return "".join(token[1:] if token[1:] in FUNCTIONS else token for token in tokens)
 
     def primary(self):
         token = self.take()
@@ -175,19 +247,68 @@ class Parser:
             return self.group(token)
         if token[0] in ".0123456789" and token != ".":
             return self.number(token)
-        if not (token.isalpha() and token.isascii() or token in SYMBOLS | ACCENTS):
+        if not (token.isalpha() and token.isascii() or token in SYMBOLS or token in ACCENTS):
             raise Unreadable(token)
         if token == r"\R":
             return ("()", MINUS_INFINITY, INFINITY)
-        name = f"{token} {self.raw()}" if token in ACCENTS else token
+        return self.symbol(f"{token} {self.raw()}" if token in ACCENTS else token)
+
+    def symbol(self, name):
+        """A variable with its primes and index, or a function and its arguments."""
         while self.peek() in ("'", "_"):
             name += self.take()
             name += self.raw() if name[-1] == "_" else ""
+        if name[0] in FUNCTION_LETTERS and self.peek() == "^" and "(" in self.tokens[self.at:self.at + 5]:
+            name += self.power_of_function()
+        if self.peek() == "(" and name not in CONSTANTS and self.is_function(name):
+            self.take()
+            content = self.expression()
+            self.take(")")
+            self.applied.add(name)
+            return ("apply", name, *(content[1:] if content[0] == "," else (content,)))
         return ("sym", name)
+
+    def power_of_function(self):
+        """f^{-1}(x), f^2(x): part of the name, if an argument follows."""
+        back = self.at
+        self.take()
+        index = self.raw()
+        if self.peek() == "(" and re.fullmatch("-?[0-9]|\\([0-9]\\)", index):
+            return "^" + index
+        self.at = back
+        return ""
+
+    def is_function(self, name):
+        if name in self.functions:
+            return True
+        if name in self.factors:
+            return False
+        if self.simple_argument() or "'" in name or name.startswith(r"\ddot") or name.startswith(r"\dot"):
+            return True
+        if name in FUNCTION_LETTERS:
+            self.doubtful.add(name)
+            return True
+        return False
+
+    def simple_argument(self):
+        """Do the parentheses hold numbers and names only, a list of them or one?"""
+        place = self.at + 1
+        while place < len(self.tokens) and self.tokens[place] != ")":
+            token = self.tokens[place]
+            follows = self.tokens[place - 1]
+            simple = token[-1].isdigit() or len(token) == 1 and token.isalpha() or token in SYMBOLS or token in "'_{},-"
+            alone = follows in "(,_{-" or token in "'_{},"
+            if not simple or not alone:
+                return False
+            place += 1
+        return place > self.at + 1
 
     def group(self, opening):
         outer, self.bars = self.bars, opening == "|"
-        tree = self.expression()
+        if opening == r"\{":
+            tree = self.set_or_builder()
+        else:
+            tree = self.expression()
         self.bars = outer
         closing = self.take(*CLOSERS[opening] if opening in "([" else (CLOSERS[opening],))
         if opening in ("{", r"\{"):
@@ -200,338 +321,345 @@ class Parser:
             raise Unreadable("brackets that do not match")
         return tree
 
+    def set_or_builder(self):
+        """What stands in braces: a list, or (builder) its conditions. {x | x ≤ 0}, {(a,b): ab ≤ 1}."""
+        back = self.at
+        outer, self.bars = self.bars, 1
+        head = self.expression(INFIX[":"])
+        self.bars = outer
+        if self.peek() in ("|", ":") and head[0] in ("sym", "()"):
+            self.take()
+            return condition(self.expression())
+        self.at = back
+        return self.expression()
+
     def number(self, token):
         limit("bits", 4 * abs(int(re.split("[eE]", token + "e0")[1])))
         number = Fraction(token)
-        if self.peek() in (r"\overline", r"\bar") and "." in token:
-            period = self.take() and self.raw()
-            if not period.isdigit():
-                raise Unreadable("a bar over no digits")
-            number += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(token.split(".")[1]))
-        elif self.peek() == r"\frac" and token.isdigit() and self.peek(-2) != "^":
+        if "." in token and (self.peek() == r"\bar" or self.peek() == "(" and self.peek(2) == ")"):
+            return ("num", number + self.period(token))
+        if self.peek() == r"\frac" and token.isdigit() and self.peek(-2) != "^":
             back = self.at
             part = self.command(self.take())
             if part[0] == "/" and part[1][0] == part[2][0] == "num" and part[1][1] < part[2][1]:
-                return ("num", number + part[1][1] / part[2][1])                                    # 1\frac{4}{5}
+                return ("num", number + part[1][1] / part[2][1])                                # 1\frac{4}{5}
             self.at = back
         return ("num", number)
 
+    def period(self, token):
+        """What the recurring digits add: 0.\\overline{3}, 0.1(6)."""
+        if self.found("("):
+            digits = self.take()
+            self.take(")")
+        else:
+            self.take()
+            digits = self.raw()
+        if not digits.isdigit():
+            raise Unreadable("a bar over no digits")
+        return Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(token.split(".")[1]))
+
+    # ------------------------------------------------------------------------------------------------------- commands
     def command(self, token):
+        name = token[1:]
+        if name == "frac":
+            return self.fraction()
+        if name == "binom":
+            return ("binomial", self.digit(), self.digit())
+        if name == "sqrt":
+            return self.root()
+        if name == "text":
+            return self.word()
+        if name in ("sum", "prod"):
+            return self.series(name)
+        if name == "int":
+            return self.integral()
+        if name == "begin":
+            return self.matrix(self.raw())
+        if name == "ldots":
+            return ("dots",)
+        if name in ("underbrace", "overbrace"):
+            return self.opaque(name)
+        return self.function(FUNCTIONS[name])
+
+    def fraction(self):
         start = self.at
-        match token[1:]:
-            case "frac":
-                if self.peek() == "{" and self.peek(1) in ("d", r"\partial") and self.peek(2) != "_":
-                    over, under = self.raw(), self.raw()
-                    if re.fullmatch(r"(d|\\partial)\\?[a-zA-Z]+(\^[0-9])?", under):
-                        return ("sym", f"{over}/{under}")                                           # a derivative
-                    self.at = start
-                return ("/", self.digit(), self.digit())
-            case "binom":
-                return ("binomial", self.digit(), self.digit())
-            case "sqrt":
-                degree = self.expression() if self.peek() == "[" and self.take() else TWO
-                if self.peek() == "]":
-                    self.take()
-                return ("^", self.argument(), ("inv", degree))
-            case "text":
-                name = self.raw()
-                if re.fullmatch(r"[a-zA-Z'.-]*[a-z][a-zA-Z'.-]*", name):
-                    return ("sym", fold(name))                                                      # a word is a symbol
-                self.at = start
-                return self.argument()
-            case "sum" | "prod":
-                low = self.take("_") and self.argument()
-                if low[0] != "=" or low[1][0] != "sym":
-                    raise Unreadable("a sum over nothing")
-                return (token[1:], low[1], low[2], self.take("^") and self.argument(), self.expression(INFIX["+"]))
-            case "int":
-                while self.take() != "d" or not self.peek()[-1:].isalpha():
-                    pass
-                # equal to itself only
-                body = "".join(token for token in self.tokens[start:self.at] if token not in "{}")
-                return ("sym", body + self.take())
-            case "begin":
-                return self.matrix(self.raw())
-        return self.function(FUNCTIONS[token[1:]])
+        if self.peek() == "{" and self.peek(1) in ("d", r"\partial") and self.peek(2) != "_":
+            over, under = self.raw(), self.raw()
+            if re.fullmatch(r"(d|\\partial)\\?[a-zA-Z]+(\^[0-9])?", under):
+                return ("sym", f"{over}/{under}")                                               # a derivative
+            self.at = start
+        return ("/", self.digit(), self.digit())
 
     def digit(self):
         if self.peek().isdigit() and len(self.peek()) > 1:
-            self.tokens[self.at:self.at + 1] = [self.peek()[0], self.peek()[1:]]  # \frac12 is one half
+            self.tokens[self.at:self.at + 1] = [self.peek()[0], self.peek()[1:]]                # \frac12 is one half
         return self.argument()
+
+    def root(self):
+        degree = TWO
+        if self.found("["):
+            degree = self.expression()
+            self.take("]")
+        return ("^", self.argument(), ("inv", degree))
+
+    def word(self):
+        """Text with a letter pair in it is a word; else it is what it holds."""
+        start = self.at
+        text = self.raw()
+        if re.fullmatch(r"[a-zA-Z' .,-]*", text) and len(re.findall("[a-zA-Z]", text)) > 1:
+            return ("word", fold(text))
+        if len(text) == 1 and text.isalpha():
+            return self.symbol(text)
+        self.at = start
+        return self.argument()
+
+    def opaque(self, name):
+        start = self.at
+        self.raw()
+        while self.peek() in ("_", "^"):
+            self.take()
+            self.raw()
+        return ("opaque", name + "".join(self.tokens[start:self.at]))
+
+    def series(self, name):
+        self.take("_")
+        low = self.argument()
+        if low[0] != "=" or low[1][0] != "sym":
+            raise Unreadable("a sum over nothing")
+        self.take("^")
+        high = self.argument()
+        return (name, low[1], low[2], high, self.expression(SUM))
+
+    def integral(self):
+        """\\int_a^b … dx; without bounds, or with a body that cannot be read, it is equal to its own spelling only."""
+        start = self.at
+        try:
+            self.take("_")
+            low = self.argument()
+            self.take("^")
+            high = self.argument()
+            body_start = self.at
+            while self.peek() != "d" or not self.peek(1)[-1:].isalpha():
+                self.take()
+            body_end = self.at
+            self.take()
+            variable = self.take()
+            end = self.at
+            inner = Parser("", self.functions, self.factors)
+            inner.tokens = self.tokens[body_start:body_end]
+            body = inner.expression(RELATION) if inner.tokens else ("num", Fraction(1))
+            if inner.peek():
+                raise Unreadable("a body with an end of its own")
+            self.applied |= inner.applied
+            self.at = end
+            return ("int", ("sym", variable), low, high, body)
+        except Unreadable:
+            self.at = start
+        while self.take() != "d" or not self.peek()[-1:].isalpha():
+            pass
+        self.take()
+        return ("opaque", "int" + "".join(token for token in self.tokens[start:self.at] if token not in "{}"))
 
     def matrix(self, kind):
         columns = self.raw() if kind == "array" else ""
         tree = self.expression()
         rows = [row[1:] if row[0] == "&" else (row,) for row in (tree[1:] if tree[0] == "\n" else (tree,))]
         self.take(r"\end")
-        known = kind in ("array", "matrix") or kind[1:] == "matrix"
-        if self.raw() != kind or len({len(row) for row in rows}) > 1 or not known:
-            raise Unreadable(f"{kind} {columns}")
+        if self.raw() != kind:
+            raise Unreadable(f"{kind} has another end")
         limit("items", len(rows) * len(rows[0]) / 2)
+        if kind == "cases":
+            return cases(rows)
+        known = kind in ("array", "matrix") or kind[1:] == "matrix"
+        if not known or len({len(row) for row in rows}) > 1:
+            raise Unreadable(f"{kind} {columns}")
         tree = ("matrix", ("num", Fraction(len(rows[0]))), *itertools.chain(*rows))
         return ("det", tree) if kind == "vmatrix" else tree
 
     def function(self, name):
-        base = self.argument() if name == "ln" and self.peek() == "_" and self.take() else None
-        exponent = self.exponent() if self.peek() == "^" and self.take() else None
+        base = None
+        if name == "ln" and self.found("_"):
+            base = self.argument()
+        exponent = self.exponent() if self.found("^") else None
         if exponent == ("neg", ("num", 1)):
-            name, exponent = "a" + name, None                                                       # \sin^{-1}
+            name, exponent = "a" + name, None                                                   # \sin^{-1}
         outer, self.trig = self.trig, self.trig or name in ("sin", "cos", "tan", "cot", "sec", "csc")
         bracket = self.peek() in ("(", "[", "{") or self.peek() == "|" and not self.bars
-        tree = self.argument() if bracket else self.expression(INFIX["+"], bare=True)
+        tree = self.argument() if bracket else self.expression(SUM, bare=True)
         self.trig = outer
-        tree = ("/", (name, tree), ("ln", base)) if base else (name, tree)
+        if name in ("gcd", "lcm", "max", "min"):
+            tree = (name, *(tree[1:] if tree[0] in ("()", "set") else (tree,)))
+        elif base:
+            tree = ("/", (name, tree), ("ln", base))
+        else:
+            tree = (name, tree)
         return ("^", tree, exponent) if exponent else tree
 
 
-def fold(text):
-    """The letters and signs of a text, for comparing words."""
-    return re.sub(r"\\text|[{}\s\\.]", "", text).casefold()
+# ----------------------------------------------------------------------------------------------------- lists, relations
+def cases(rows):
+    """A system of equations, or a function by pieces: rows of a value and its condition."""
+    if all(len(row) == 1 for row in rows):
+        return listed(("\n", *(row[0] for row in rows)))
+    if any(len(row) != 2 for row in rows):
+        raise Unreadable("cases")
+    return ("cases", *(("()", *(part[1] if part[0] == "," and len(part) == 2 else part for part in row)) for row in rows))
+
+
+def is_name(text):
+    r"""x, AB, \theta, x_{12}, f(x), but not \infty, nor an operation such as \frac."""
+    command = re.match(r"\\[a-zA-Z]+", text)
+    if command and command[0] not in SYMBOLS and command[0] not in ACCENTS and command[0] != r"\pi":
+        return False
+    return bool(NAME.fullmatch(text)) and text not in (r"\infty", r"\R")
 
 
 def listed(tree):
-    """A list is a set: of named values, of ranges (a union), or of plain answers; one alone is itself."""
-    if tree[0] not in (",", "\n"):
+    """A list is a set: of named values, of ranges, or of plain answers; one alone is itself."""
+    if tree[0] not in LISTS:
         return tree
-    items = [item for part in tree[1:] for item in (part[1:] if part[0] == "," else (part,))]
+    parts = [listed(part) for part in tree[1:]]
+    if tree[0] == "or" and all(part[0] in ("named", "()") for part in parts):
+        return ("set", *parts)                                     # p=5, q=2 or p=7, q=2
+    items = []
+    for part, before in zip(parts, tree[1:]):
+        was_list = before[0] in LISTS and part[0] in ("set", "named")
+        items += part[1:] if was_list else (part,)
     limit("items", len(items))
+    if any(item[0] == "union" for item in items):
+        return ranges(tree[0], items)
     names = [item[3] if item[0] == "=" else "" for item in items]
     if all(names) and len(set(names)) == len(names):
         return ("named", *sorted(items, key=lambda item: (item[3].startswith("\\"), item[3])))
-    if all(item[0] == "union" for item in items):
-        return ("union", *(part for item in items for part in item[1:]))
     return ("set", *items)
 
 
-def relate(sides, names, ops):
+def ranges(kind, items):
+    """x<1 or x>2 is a union, x>1 and x<2 an intersection, x=1 or x>2 has a point. A comma may mean either: it is an
+    intersection if there is one."""
+    items = [item[2] if item[0] == "=" and item[3] else item for item in items]
+    if kind != "or" and all(item[0] == "union" for item in items):
+        both = pieces(items[0])
+        for item in items[1:]:
+            other = pieces(item)
+            if both is None or other is None:
+                raise Unreadable("ranges with ends that are no numbers")
+            both = common(both, other)
+        if both:
+            return as_union(both)
+        if kind == "and":
+            raise Unreadable("nothing is in all ranges")
+    parts = []
+    for item in items:
+        parts += item[1:] if item[0] in ("union", "set") else (item,)
+    return ("union", *parts)
+
+
+def condition(tree):
+    """What a set builder {x | …} says: its conditions, without those that only name a number set."""
+    if tree[0] != ",":
+        return tree
+    kept = [item for item in tree[1:] if item not in NUMBER_SETS]
+    return kept[0] if len(kept) == 1 else (",", *(kept or tree[1:]))
+
+
+def relate(sides, names, signs):
     """A chain of relations. What says that one variable lies in a range becomes an interval, in a union of its own."""
-    if ops == [r"\in"] and names[0]:
+    if signs == [r"\in"] and (names[0] or sides[0][0] == "()"):
         return sides[1]
-    if all(op in ("=", r"\approx") for op in ops):
-        if names[-1] and not names[0]:
-            sides, names = sides[::-1], names[::-1]
-        left, right = sides[0], sides[-1]
-        if left == right or not all(same_value(side, right) for side in sides[1:-1]):
-            raise Unreadable("x = x, or a chain of different values")
-        if left[0] == right[0] == "()" and len(left) == len(right) and all(side[0] == "sym" for side in left[1:]):
-            return ("named", *(("=", name, part, name[1]) for name, part in zip(left[1:], right[1:])))
-        return ("=", left, right, names[0])
-    names = ["" if "+" in name else name for name in names]
-    if len(ops) == 2 and set(ops) <= {">", r"\ge"} or len(ops) == 1 and names[1] and not names[0]:
-        sides, names, ops = sides[::-1], names[::-1], [FLIP.get(op, op) for op in ops[::-1]]
-    if len(ops) == 2 and names[1] and set(ops) <= {"<", r"\le"}:
-        return ("union", ("[("[ops[0] == "<"] + "])"[ops[1] == "<"], sides[0], sides[2]))
-    if len(ops) > 1 or ops[0] not in FLIP:
+    if all(sign in ("=", r"\approx", r"\equiv") for sign in signs):
+        return equation(sides, names, signs)
+    if any(sign not in FLIP for sign in signs):
         raise Unreadable("a chain of relations")
-    if names[0] and not variables(sides[1]):
-        below = {"<": "()", r"\le": "(]", r"\ne": "()"}.get(ops[0])
-        above = {">": "()", r"\ge": "[)", r"\ne": "()"}.get(ops[0])
-        ranges = (below, MINUS_INFINITY, sides[1]), (above, sides[1], INFINITY)
-        return ("union", *(range_ for range_ in ranges if range_[0]))
-    return (ops[0], *sides, "")
+    names = ["" if "+" in name else name for name in names]
+    if len(signs) == 1 and names[1] and not names[0] or set(signs) <= {">", r"\ge"} and len(signs) > 1:
+        sides = sides[::-1]
+        names = names[::-1]
+        signs = [FLIP[sign] for sign in signs[::-1]]
+    if len(signs) == 2 and names[1] and not names[0] and set(signs) <= {"<", r"\le"}:
+        return ("union", ("[("[signs[0] == "<"] + "])"[signs[1] == "<"], sides[0], sides[2]))
+    letters = [variables(side) for side in sides]
+    if len(signs) > 1 or not any(letters):
+        if signs[0] in (">", r"\ge"):
+            sides = sides[::-1]
+            signs = [FLIP[sign] for sign in signs[::-1]]
+        return ("chain", ("word", " ".join(signs)), *sides)
+    if names[0] and not letters[1]:
+        return half_lines(signs[0], sides[1])
+    if sides[0][0] == "abs" and not letters[1] and len(letters[0]) == 1 and signs[0] != r"\ne":
+        found = distance(signs[0], sides[0][1], *letters[0], sides[1])
+        if found:
+            return found
+    return (signs[0], *sides, "")
 
 
-def symbols(tree):
-    if tree[0] in ("num", "base"):
-        return set()
-    if tree[0] == "sym":
-        return {tree[1]}
-    return set().union(*(symbols(child) for child in tree[1:] if isinstance(child, tuple)))
+def half_lines(sign, end):
+    """x < 2 is (-oo, 2); x ≠ 2 is two of them."""
+    below = {"<": "()", r"\le": "(]", r"\ne": "()"}.get(sign)
+    above = {">": "()", r"\ge": "[)", r"\ne": "()"}.get(sign)
+    parts = []
+    if below:
+        parts.append((below, MINUS_INFINITY, end))
+    if above:
+        parts.append((above, end, INFINITY))
+    return ("union", *parts)
 
 
-def variables(tree):
-    return symbols(tree) - CONSTANTS.keys() - {r"\infty"}
+def distance(sign, inner, letter, size):
+    """|2x - 1| < 3 is the interval (-1, 2): ends where 2x - 1 is -3 and 3. None if `inner` is not a line."""
+    with_i = {"i"} & {letter}
+    heights = [value(inner, Point(0, **{letter: Fraction(x)})) for x in range(3)]
+    if with_i or not all(isinstance(height, Fraction) for height in heights):
+        return None
+    slope = heights[1] - heights[0]
+    if not slope or heights[2] - heights[1] != slope:
+        return None
+    start = ("num", -heights[0] / slope)
+    reach = ("*", size, ("num", 1 / abs(slope)))
+    low = ("+", start, ("neg", reach))
+    high = ("+", start, reach)
+    if sign in ("<", r"\le"):
+        return ("union", ("()" if sign == "<" else "[]", low, high))
+    strict = sign == ">"
+    return ("union", ("()" if strict else "(]", MINUS_INFINITY, low), ("()" if strict else "[)", high, INFINITY))
 
 
-# -------------------------------------------------------------------------------------------------- 2. tree -> value
-CONSTANTS = {"e": lambda: +mp.e, r"\pi": lambda: +mp.pi, "i": lambda: mp.mpc(0, 1)}
-# of the points; the first three are positive
-SCALES = [Fraction(1), Fraction(7), Fraction(1, 5), Fraction(1), Fraction(3), Fraction(2)]
-spent = [0]
+def equation(sides, names, signs):
+    """a = b; a name for a value; several names for one value; a chain of equal values."""
+    left, right = sides[0], sides[-1]
+    if right[0] == "mod" and len(sides) == 2:
+        return right if names[0] else ("mod", ("+", left, ("neg", right[1])), right[2])
+    if left[0] == right[0] == "()" and len(left) == len(right) and all(part[0] == "sym" for part in left[1:]):
+        return ("named", *(("=", part, given, part[1]) for part, given in zip(left[1:], right[1:])))
+    if len(sides) == 2 and left == right:
+        raise Unreadable("x = x")
+    if names[-1] and not any(names[:-1]):
+        sides = sides[::-1]
+        names = names[::-1]
+    n_names = sum(1 for _ in itertools.takewhile(bool, names))
+    if n_names == len(sides):
+        return ("=", *sides, names[0]) if len(sides) == 2 else ("chain", ("word", "="), *sides)
+    if n_names == 0:
+        given = chain_value(sides, signs) if len(sides) > 2 or not variables(left) and not variables(right) else None
+        return given or ("=", *sides, "")
+    given = chain_value(sides[n_names:], signs[n_names:])
+    if n_names == 1:
+        return ("=", sides[0], given, names[0])
+    return ("named", *(("=", side, given, name) for side, name in zip(sides[:n_names], names)))
 
 
-def lift(*values):
-    """Rationals stay exact among themselves; beside anything else they become numbers of the current precision."""
-    if all(isinstance(v, Fraction) for v in values):
-        return values
-    return tuple(mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in values)
-
-
-def inexact(x):
-    return lift(x, mp.one)[0]
-
-
-def charged(result, work=1):
-    """The result of an operation, after its size and its work are counted."""
-    bits = max(result.numerator.bit_length(), result.denominator.bit_length()) if isinstance(result, Fraction) else 0
-    limit("bits", bits)
-    spent[0] += work + (bits // 2000) ** 2
-    limit("work", spent[0])
-    if isinstance(result, (mp.mpf, mp.mpc)) and not mp.isfinite(result):
-        raise Undefined("infinite")
-    return result
-
-
-def reciprocal(x):
-    if x == 0:
-        raise Undefined("division by zero")
-    return 1 / x
-
-
-def power(base, exponent):
-    whole = isinstance(exponent, Fraction) and exponent.denominator == 1
-    if isinstance(base, mp.matrix) or isinstance(exponent, mp.matrix):
-        if not whole or not 0 <= exponent <= 50:
-            raise Unreadable("a power of a matrix")
-        return base ** int(exponent)
-    if base == 0:
-        if isinstance(exponent, mp.mpc) or exponent <= 0:
-            raise Undefined("zero to the power of zero or less")
-        return Fraction(0)
-    if whole and isinstance(base, Fraction):
-        limit("bits", abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()))
-        return base ** int(exponent)
-    if isinstance(exponent, Fraction) and exponent.denominator % 2 and not isinstance(base, mp.mpc) and base < 0:
-        return power(-base, exponent) * (-1) ** (exponent.numerator % 2)
-    base, exponent = inexact(base), inexact(exponent)
-    limit("exponent", abs(exponent * mp.log(base)))
-    return mp.power(base, exponent)
-
-
-def factorial(x):
-    limit("factorial", abs(x))
-    if not isinstance(x, Fraction) or x.denominator > 1:
-        return mp.gamma(inexact(x) + 1)
-    if x < 0:
-        raise Undefined("the factorial of a negative number")
-    return charged(Fraction(math.factorial(int(x))), int(x) // 10)
-
-
-def binomial(n, k):
-    if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1 and 0 <= k <= n:
-        limit("bits", min(k, n - k) * int(n).bit_length())
-        return charged(Fraction(math.comb(int(n), int(k))), int(min(k, n - k)) // 10)
-    limit("factorial", abs(n) + abs(k))
-    return mp.binomial(inexact(n), inexact(k))
-
-
-def rounded(name):
-    return lambda x: Fraction(getattr(math, name)(x)) if isinstance(x, Fraction) else getattr(mp, name)(x)
-
-
-def numeric(name):
-    def function(x):
-        limit("exponent", abs(x) if name not in ("ln", "log10") else 0)
-        return getattr(mp, name)(inexact(x))
-    return function
-
-
-OPERATIONS = {
-    "+": lambda *xs: functools.reduce(lambda a, b: charged(a + b), lift(*xs)),
-    "*": lambda *xs: functools.reduce(lambda a, b: charged(a * b), lift(*xs)),
-    "/": lambda a, b: operator.mul(*lift(a, reciprocal(b))), "inv": reciprocal, "neg": operator.neg, "abs": abs,
-    "^": power,
-    "!": factorial, "binomial": binomial, "floor": rounded("floor"), "ceil": rounded("ceil"), "det": mp.det,
-    "percent": lambda x: operator.mul(*lift(x, Fraction(1, 100))), "degree": lambda x: inexact(x) * mp.pi / 180,
-    "matrix": lambda n, *cells: mp.matrix([[*map(inexact, cells[i:i + int(n)])] for i in range(0, len(cells), int(n))]),
-} | {name: numeric(name) for name in {*FUNCTIONS.values(), "asinh", "acosh", "atanh"}}
-
-
-class Point(dict):
-    """A value for every variable, a pure function of the number of the point and the name."""
-
-    def __init__(self, number, **bound):
-        super().__init__(bound)
-        self.number, self.drawn = number, False
-
-    def __missing__(self, name):
-        rng = random.Random(f"{name} {self.number}")
-        sign = rng.choice((1, -1)) if self.number > 2 else 1
-        self[name], self.drawn = sign * SCALES[self.number] * Fraction(rng.randint(600, 2000), 997), True
-        return self[name]
-
-
-def value(tree, point):
-    """A Fraction while all is rational, else an mpf, mpc or matrix of the current precision."""
-    kind, *args = tree
-    if kind == "num":
-        return args[0]
-    if kind == "sym":
-        return CONSTANTS[args[0]]() if args[0] in CONSTANTS and args[0] not in point else point[args[0]]
-    if kind in ("sum", "prod"):
-        low, high = value(args[1], point), value(args[2], point)
-        if not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high)):
-            raise Undefined("bounds that are not integers")
-        limit("terms", high - low + 1)
-        name, body = args[0][1], args[3]
-        terms = [value(body, Point(point.number, **{name: Fraction(k)})) for k in range(int(low), int(high) + 1)]
-        return OPERATIONS["+" if kind == "sum" else "*"](Fraction(kind == "prod"), *terms)
-    if kind not in OPERATIONS:
-        raise Unreadable(f"{kind} is not a number")
-    values = [value(arg, point) for arg in args]
-    matrices = sum(isinstance(v, mp.matrix) for v in values)
-    if matrices and kind not in ("*", "^", "neg", "det") and (kind != "+" or matrices < len(values)):
-        raise Unreadable(f"{kind} of a matrix")
-    return charged(OPERATIONS[kind](*values), 8 if kind == "^" or kind in FUNCTIONS else 1)
-
-
-def agree(first, second):
-    """Do two computations give the same value, and are both real? Rationals are compared exactly; else the difference
-    must vanish as the precision grows, which tells e^{pi sqrt(163)} from an integer and sin(pi) from 1e-50."""
-    gaps = []
-    for digits in (50, 100):
-        with mp.workdps(digits):
-            a, b = first(), second()
-            if isinstance(a, Fraction) and isinstance(b, Fraction):
-                return a == b, True
-            matrices = [isinstance(x, mp.matrix) for x in (a, b)]
-            if any(matrices) and (not all(matrices) or (a.rows, a.cols) != (b.rows, b.cols)):
-                return False, True
-            pairs = list(zip(a, b)) if any(matrices) else [(inexact(a), inexact(b))]
-            real = all(abs(mp.im(x)) <= mp.mpf(10) ** -40 * abs(x) for pair in pairs for x in pair)
-            gaps.append(max(abs(x - y) for x, y in pairs))
-            size = max(max(abs(x), abs(y)) for x, y in pairs)
-            if gaps[-1] > size * mp.mpf(10) ** -15 and gaps[-1] > mp.mpf(10) ** -30:
-                return False, real
-    vanishes = gaps[1] <= (gaps[0] * mp.mpf(10) ** -30 or mp.mpf(10) ** -80)
-    return gaps[1] <= size * mp.mpf(10) ** -60 or vanishes, real
-
-
-def everywhere(first, second, complex_):
-    """Do two functions of a point agree wherever both are real (with i in them: at the positive points)?"""
-    counted, others = [], []
-    for number in range(3 if complex_ else len(SCALES)):
-        point = Point(number)
-        try:
-            equal, real = agree(lambda: first(point), lambda: second(point))
-        except (Undefined, ZeroDivisionError, ValueError):
+def chain_value(sides, signs):
+    """The value of a chain of equal ones: 10/4 = 5/2. A decimal at its end may be a rounding of the others:
+    ("either", exact, rounded); what is called near and is not is ("claim", exact, rounded)."""
+    exact = sides[0]
+    for side, sign in zip(sides[1:], signs):
+        if side == exact and len(sides) == 2:
+            raise Unreadable("1 = 1")
+        if same_value(exact, side):
             continue
-        if not point.drawn or not equal and (real or complex_):
-            return equal
-        if real or complex_:
-            counted.append(equal)
-        elif number < 3:
-            others.append(equal)
-    if not counted and not others:
-        raise Undefined("no value at any point")
-    return all(counted or others)
-
-
-def same_value(a, b):
-    if a[0] != b[0] and "percent" in (a[0], b[0]):
-        if same_value(*(tree[1] if tree[0] == "percent" else tree for tree in (a, b))):
-            return True
-    return everywhere(lambda point: value(a, point), lambda point: value(b, point), "i" in symbols(a) | symbols(b))
-
-
-def proportional(a, b):
-    """Is (left - right) of one relation a constant multiple, not zero, of the other's, of a sign that fits?"""
-    ratio = ("/", *(("+", tree[1], ("neg", tree[2])) for tree in (a, b)))
-    if not variables(ratio[1]) or not variables(ratio[2]):
-        return False
-    start = Point(0)
-    with mp.workdps(50):
-        first = inexact(value(ratio, start))
-        if abs(first) < mp.mpf(10) ** -30 or b[0] != (a[0] if a[0] == "=" or mp.re(first) > 0 else FLIP[a[0]]):
-            return False
-    return everywhere(lambda point: value(ratio, start), lambda point: value(ratio, point), "i" in symbols(ratio))
+        if side is sides[-1] and rounding(side, exact):
+            return ("either", exact, side)
+        if sign == r"\approx":
+            return ("claim", exact, side)
+        raise Unreadable("a chain of different values")
+    return exact

@@ -39,15 +39,17 @@ import os
 import re
 import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from fractions import Fraction
 
-from grading.grammar import (FLIP, FUNCTIONS, GREEK, LIMITS, STRUCTURES, TWO, Parser, TooBig, Undefined, Unreadable, fold, limit,
-                   proportional, same_value, spent)
+from grading.grammar import INTERVALS, STRUCTURES, Parser, TOKEN
+from grading.spelling import fold, is_wordy, normalise, split_qualifier, split_unit
+from grading.values import (FLIP, LIMITS, METER, TEXTS, TooBig, Undefined, Unknown, Unreadable, contains, limit, pieces,
+                            proportional, same_pieces, same_value, sorted_tree, value, variables, Point)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 Verdict = collections.namedtuple("Verdict", "correct status predicted")
@@ -78,105 +80,185 @@ def extract(response):
     return (None, "too_long") if len(predicted) > LIMITS["answer"] else (predicted, None)
 
 
-# --------------------------------------------------------------------------------------------------------- 2. normalise
-UNICODE = str.maketrans({c: name + " " for c, name in GREEK.items()} | dict(zip("−–—÷⁄º′’€£¥", "---//°''   ")) | {
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
-    "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\R ",
-    "√": r"\sqrt ", "½": r"\frac12 ",
-    "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 "})
-END = "(?![a-zA-Z])"
-FONTS = rf"(?:mathbf|boldsymbol|bm|mathit|mathsf|mathcal|mathbb *(?=\{{ *[^R ])|pmb|bf|it|rm){END}"
-TEXT = r"\\text *\{([^{}]*)\}"
-POWER_OF_TEN = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-RULES = [(re.compile(pattern), new) for pattern, new in [
-    (r"[\0\s]+", " "),
-    (r"\\\\", "\n"),                                                                            # the end of a row
-    (r"\\?\$|\\[()\[\]]", ""),
-    (r"\\(?:left|right)\s*\.", " "),
-    (rf"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|large|Large|boxed|fbox){END}", " "),
-    (rf"\\{FONTS} *\{{ *([a-zA-Z]) *\}}|\\{FONTS}", r" \1"),
-    (rf"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|op)|mbox|hbox|operatorname\*?){END}", r"\\text"),
-    (r"\\text *\{([^{}a-zA-ZµΩÅ]*)\}", r"\1"),                                                  # \text{204}
-    (r"^\s*\\text *\{ *\(? *([a-zA-Z]) *\)? *\} *$|\\text *\{ *([eid]) *\}", r" \1\2"),    # \text{(B)}, \mathrm{e}
-    (rf"\\text *\{{ *({'|'.join(FUNCTIONS)}) *\}}", r"\\\1 "),
-    # plain sqrt(2)
-    (rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi(?![a-z])|infty(?![a-z]))(?= *[^a-z ]|$| +[a-z])", r"\\\1 "),
-    (r"(?<![0-9.])[0-9]{1,3}(?:(?:\{,\}|,?\\!|\\[,;: ]|~| )[0-9]{3})+(?![0-9])", lambda m: re.sub("[^0-9]", "", m[0])),
-    (rf"\\[,;:! ]|~|\\(?:quad|qquad|enspace|thinspace){END}", " "),
-    (r"\\([%#&_])", r"\1"),
-    (rf"\\[dtc]frac{END}", r"\\frac"), (rf"\\[dt]binom{END}", r"\\binom"), (r"\\mathbb *\{? *R *\}?|\\Reals", r"\\R "),
-    (rf"\\leq(?:slant)?{END}|<=", r"\\le "), (rf"\\geq(?:slant)?{END}|>=", r"\\ge "), (rf"\\neq{END}|!=", r"\\ne "),
-    (rf"\\lt{END}", "<"), (rf"\\gt{END}", ">"), (rf"\\colon{END}", ":"),
-    (rf"\\(?:sim|simeq|cong|equiv){END}", r"\\approx "),
-    (rf"\\[lr]?vert{END}|\\mid{END}", "|"), (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"),
-    (r"\\varnothing|\\\{ *\\\}", r"\\emptyset "),
-    (r"\\var(?=epsilon|phi|theta|rho)", r"\\"), (r"\*\*", "^"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"), (r"\n *(?=\\end)", ""),
-    (rf"\\frac *\{{ *{TEXT} *\}} *\{{ *{TEXT} *\}}", r"\\text{\1/\2}"),
-    (rf"\\(?:ast|star|cdotp|bullet){END}|\*", r"\\cdot "),
-    (rf"\^ *\{{? *\\circ{END} *\}}?|\\degree{END}", "°"),
-    (r"\\(?:begin|end) *\{ *(?:aligned|align\*?|cases|gathered) *\}|(?<=\n)&|&(?==)", " "),
-    (rf"\\text *\{{ *(?:and|or) *\}}|(?<![a-zA-Z\\])(?:and|or){END}|\\(?:lor|land|vee|wedge){END}", ","),
-    (r",(?: *,)+", ","),
-    (r"^ *(?:\\text *\{)?[^{}$=]*\b(?:is|are|answer|equals)\b[ :]*(?:\}|(?=[^}]*$)) *:?(?=.*[0-9a-zA-Z])", ""),
-    (rf"^[ :=]*(?:\\(?:approx|therefore){END})?[ =]*", ""),
-    (rf"(?:\\text *\{{)? *\b({'|'.join(POWER_OF_TEN)})\b *\}}?", lambda m: rf" \cdot 10^{{{POWER_OF_TEN[m[1]]}}}"),
-    (r"(?:\\text *\{)? *\bpercent\b *\}?", "%"),
-    (r"(?:^|(?<=,)) *([A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|$)", r"\\text{\1}"),          # plain words
-    (" +", " "),
-]]
-UNIT = re.compile(rf"(?<=[0-9a-zA-Z)}}\]!°])(?: *(?:/|\\cdot)? *{TEXT}(?: *\^ *(?:\{{ *-?[0-9] *\}}|[0-9]))?)+$|"
-                  r"(?<=[0-9)}°]) *(?:[CF]|(?:[ckm]m|m */ *s|kg|ft|mph|min|sec|hrs?|rad| [a-z]{4,})(?: +[a-z]{2,})*"
-                  r"(?: */ *[a-z]+)?(?:\^\{?[0-9]\}?)?)$")
-NO_UNIT = re.compile(r"\b(?:is|are|if|when|where|for|not?|mod|with|times|choose|factorial|squared|cubed|"
-                     r"hundred|dozen|to|more|less|than|at|least|most|[ap]\.?m)\b", re.I)
+# --------------------------------------------------------------------------------------------------------------- 2. read
+Reading = collections.namedtuple("Reading", "trees functions doubtful")
+GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
 
-@functools.lru_cache(65_536)
-def normalise(text):
-    """One spelling for what is written in many ways; still LaTeX, but a row ends in a newline, a degree sign is °."""
-    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]).replace("−", "-") + "}", text)
-    text = unicodedata.normalize("NFKC", text.translate(UNICODE))
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    for pattern, new in RULES:
-        text = pattern.sub(new, text)
-    text = text.strip().rstrip(" .,;")
-    unit = UNIT.search(text)
-    if unit and re.search("[0-9]", text[:unit.start()]) and not NO_UNIT.search(unit[0]):
-        return text[:unit.start()].rstrip()
-    return text
+def ungrouped(text):
+    """12,345 is 12345, except in brackets, where it is two."""
+    def one(match):
+        brackets = re.search(r"[(\[]|\\\{", text[:match.start()])
+        return match[0] if brackets else match[0].replace(",", "")
+    return GROUPED.sub(one, text)
 
 
-# ---------------------------------------------------------------------------------------------------------- 3. judge
+def signs_of(text):
+    r"""The texts that a \pm b stands for: two, each sign tied to that of any \mp; without a \mp the signs are free."""
+    pieces_, marks = PLUS_MINUS.split(text)[::2], PLUS_MINUS.split(text)[1::2]
+    free = 1 if "mp" in marks else len(marks)
+    limit("items", 2 ** free)
+    for choice in itertools.product("+-", repeat=free):
+        signs = []
+        for mark, sign in zip(marks, itertools.cycle(choice or "+")):
+            signs.append(sign if mark == "pm" else "-+"[sign == "-"])
+        yield "".join(piece + sign for piece, sign in zip(pieces_, [*signs, ""]))
+
+
+@functools.lru_cache(4096)
+def read(text, functions=frozenset(), factors=frozenset()):
+    r"""The trees that an answer may mean: 12,345 is a number, or else a list; a \pm b is two values."""
+    trees, found, doubtful = [], set(), set()
+    failure = None
+    for reading in dict.fromkeys((ungrouped(text), text)):
+        try:
+            items = []
+            for signed in signs_of(reading):
+                parser = Parser(signed, functions, factors)
+                tree = parser.whole()
+                found |= parser.applied
+                doubtful |= parser.doubtful
+                items += tree[1:] if tree[0] == "set" else [tree]
+        except tuple(FAILURES) as error:
+            failure = failure or error
+            continue
+        trees.append(("set", *dict.fromkeys(items)) if PLUS_MINUS.search(reading) else tree)
+    if not trees:
+        raise failure
+    return Reading(trees, frozenset(found), frozenset(doubtful))
+
+
+FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
+            TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big"}
+Gold = collections.namedtuple("Gold", "text trees functions letters doubtful partial too_big")
+
+
+@functools.lru_cache(4096)
+def understand(text):
+    """What a gold means, decided once for both sides: its trees, which letters are functions and which are variables."""
+    text = split_unit(split_qualifier(text)[0])[0]
+    reading = read(text)
+    trees, too_big, failure = [], False, None
+    for tree in reading.trees:
+        try:
+            check(tree)
+        except TooBig:
+            too_big = True
+        except tuple(FAILURES) as error:
+            failure = error
+            continue
+        trees.append(tree)
+    if not trees:
+        raise failure
+    letters = frozenset().union(*(variables(tree) for tree in trees))
+    partial = any(tree[0] != "word" and has_text(tree) for tree in trees)
+    return Gold(text, trees, reading.functions, letters - reading.functions, reading.doubtful, partial, too_big)
+
+
+def has_text(tree):
+    """Is there text inside an expression, which can be compared by its spelling only?"""
+    if tree[0] in STRUCTURES or tree[0] in ("named", "chain"):
+        return any(part[0] != "word" and has_text(part) for part in tree[1:] if isinstance(part, tuple))
+    if tree[0] == "=" and tree[3]:
+        return tree[2][0] != "word" and has_text(tree[2])
+    return contains(tree, TEXTS)
+
+
+def check(tree):
+    """Raise what a gold without a value raises."""
+    kind = tree[0]
+    if kind in FLIP:
+        if tree[3]:
+            check(tree[2])
+        elif not proportional(tree, tree):
+            raise Undefined("an equation without a value")
+    elif kind in STRUCTURES or kind in ("named", "either", "claim"):
+        for part in tree[1:]:
+            if isinstance(part, tuple) and kind != "base":
+                check(part)
+    elif kind != "dots":
+        same_value(tree, tree)
+
+
+# -------------------------------------------------------------------------------------------------------------- 3. judge
 def same(a, b):
-    """Are two trees the same answer?"""
-    a, b = (tree[1] if tree[0] == "union" and len(tree) == 2 else tree for tree in (a, b))
+    """Are two trees the same answer? `b` is the gold."""
     if a == b:
         return True
+    if a[0] == "either":
+        return same(a[1], b) or same(a[2], b)
+    if b[0] in ("either", "claim"):
+        return same(a, b[1]) or same(a, b[2])
+    if a[0] in FLIP or b[0] in FLIP:
+        return same_relation(a, b)
+    if a[0] == "apply" and b[0] == "()" and a[1].isupper():
+        a = ("()", *a[2:])                                         # P(2, 3) is a point
+    if "mod" in (a[0], b[0]):
+        return same_residue(a, b)
+    if {a[0], b[0]} & {"union", "setminus"}:
+        first, second = pieces(a), pieces(b)
+        if first and second:
+            return same_pieces(first, second)
+    a, b = unnamed(a, b)
+    if contains_dots(b):
+        return same_sequence(a, b)
+    if a[0] not in STRUCTURES and b[0] not in STRUCTURES:
+        return same_value(a, b)
+    if a[0] != b[0] or len(a) != len(b) or a[0] == "base":
+        return False
+    if a[0] == "named":
+        return same_named(a, b)
+    if a[0] in ("set", "union", "cases"):
+        return same_items(a[1:], b[1:])
+    return all(map(same, a[1:], b[1:]))
+
+
+COORDINATES = {"x", "y", "z"}
+
+
+def same_relation(a, b):
+    """y = 2x against 2x - y = 0, or against 2x; m + n = 5 is an answer 5, but as a gold it is a line."""
     if a[0] in FLIP and b[0] in FLIP:
-        named = a[0] == b[0] == "=" and a[3] and b[3] and "+" not in a[3] + b[3]
-        return named and same(a[2], b[2]) or proportional(a, b)
+        if a[0] == b[0] == "=" and a[3] and b[3] and "+" not in a[3] + b[3]:
+            other = a[3] != b[3] and {a[3], b[3]} <= COORDINATES  # x = 5 is not y = 5
+            if not other and same(a[2], b[2]):
+                return True
+        return proportional(a, b)
     if a[0] in FLIP:
         return bool(a[3]) and same(a[2], b)
-    if b[0] in FLIP:
-        return bool(b[3]) and "+" not in b[3] and same(a, b[2])  # m + n = 5 is an answer 5; as a gold it is a line
-    kinds = {a[0], b[0]}
-    if "named" in kinds and len(kinds) == 2 and len(a) == len(b):
-        kind = (kinds - {"named"}).pop()
-        a, b = ((kind, *(item[2] for item in tree[1:])) if tree[0] == "named" else tree for tree in (a, b))
-        kinds = {kind} if kind in ("()", "set") else {kind, "named"}
-    if not kinds & STRUCTURES:
-        return same_value(a, b)
-    if len(kinds) > 1 or len(a) != len(b) or kinds == {"base"}:
+    return bool(b[3]) and "+" not in b[3] and same(a, b[2])
+
+
+def same_residue(a, b):
+    """5 (mod 7) is an answer 5, but as a gold it is every number with that residue."""
+    if b[0] != "mod":
+        return same(a[1], b)
+    if a[0] != "mod" or not same(a[2], b[2]):
         return False
-    if kinds == {"named"}:
-        a, b = ([*sorted(tree[1:], key=lambda item: item[3])] for tree in (a, b))
-        return all(x[3] == y[3] and same(x[2], y[2]) for x, y in zip(a, b))
-    if not kinds & {"set", "union"}:
-        return all(map(same, a[1:], b[1:]))
-    left = list(b[1:])
-    for item in a[1:]:
+    steps = value(("/", ("+", a[1], ("neg", b[1])), b[2]), Point(0))
+    return isinstance(steps, Fraction) and steps.denominator == 1
+
+
+def unnamed(a, b):
+    """Without the names on one side, if the other has none: p = 5, q = 2 against (5, 2) or 5, 2."""
+    if a[0] == "named" and b[0] in ("()", "set"):
+        return (b[0], *(item[2] for item in a[1:])), b
+    if b[0] == "named" and a[0] in ("()", "set"):
+        return a, (a[0], *(item[2] for item in b[1:]))
+    return a, b
+
+
+def same_named(a, b):
+    first = sorted(a[1:], key=lambda item: item[3])
+    second = sorted(b[1:], key=lambda item: item[3])
+    return all(x[3] == y[3] and same(x[2], y[2]) for x, y in zip(first, second))
+
+
+def same_items(a, b):
+    """Is each item of one list in the other, in any order?"""
+    left = list(b)
+    for item in a:
         found = next((k for k, other in enumerate(left) if same(item, other)), None)
         if found is None:
             return False
@@ -184,50 +266,139 @@ def same(a, b):
     return True
 
 
-NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
-GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
-            TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big"}
+def contains_dots(tree):
+    return tree[0] in STRUCTURES and any(part == ("dots",) for part in tree[1:])
+
+
+def same_sequence(a, b):
+    """A gold with an ellipsis: right if the answer shows the same items, wrong if it begins or ends otherwise or is
+    shorter than what the gold shows, else unknown."""
+    items = a[1:] if a[0] in STRUCTURES else (a,)
+    shown = [item for item in b[1:] if item != ("dots",)]
+    if a[0] not in (b[0], "set", "()") or ("dots",) not in items and len(items) <= len(shown):
+        return False
+    if differ_from_start(items, b[1:]) or differ_from_start(items[::-1], b[:0:-1]):
+        return False
+    if len(items) == len(b) - 1 and all(map(same, items, b[1:])):
+        return True
+    raise Unknown("an ellipsis")
+
+
+def differ_from_start(first, second):
+    """Do two lists differ before the ellipsis of either?"""
+    for x, y in zip(first, second):
+        if ("dots",) in (x, y):
+            return False
+        if not same(x, y):
+            return True
+    return False
+
+
+CHOICE = re.compile(r"\(? *([A-J]) *\)?")
+CHOICE_AND_TEXT = re.compile(r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])(?P<text>.*)", re.S)
+OTHER_CHOICE = re.compile(r"\(? *\b[A-J] *[).]|\\l?or\b|\\land\b|,|\b(?:or|and|not|nor|but)\b")
+
+
+def choice(text):
+    """The letter of '(C) 12' or 'C. \\frac34', if one option is named and no other."""
+    found = CHOICE_AND_TEXT.fullmatch(text)
+    if not found or OTHER_CHOICE.search(found["text"]):
+        return None
+    return found[1] or found[2]
+
+
+CLOCK = re.compile(r"([0-9]{1,2}) *: *([0-9]{2})(?: *: *([0-9]{2}))? *(?:\\text *\{ *)?([ap]\.? *m)?\.? *\}?", re.I)
+
+
+def same_time(p, g):
+    """Times of the day, one of them with a.m. or p.m.: 3:00 p.m. is 15:00 or 3:00, not 3:00 a.m. None if they are not."""
+    first, second = CLOCK.fullmatch(p), CLOCK.fullmatch(g)
+    if not first or not second or not (first[4] or second[4]):
+        return None
+    halves = [match[4][0].lower() if match[4] else "" for match in (first, second)]
+    minutes = [60 * int(match[1]) + int(match[2]) for match in (first, second)]
+    if first[3] != second[3]:
+        return False
+    if minutes[0] == minutes[1] and (halves[0] == halves[1] or "" in halves):
+        return True
+    in_day = [m % 720 + 720 * (half == "p") if half else m for m, half in zip(minutes, halves)]
+    return in_day[0] == in_day[1]
 
 
 @functools.lru_cache(4096)
-def read(text):
-    r"""The trees that an answer may mean: `12,345` is a number, or else a list; `a \pm b` is two, tied to any \mp."""
-    trees = []
-    joined = GROUPED.sub(lambda m: m[0] if re.search(r"[(\[]|\\\{", text[:m.start()]) else m[0].replace(",", ""), text)
-    for reading in dict.fromkeys((joined, text)):
-        pieces = re.split(r"\\(pm|mp)(?![a-zA-Z])", reading)
-        free = 1 if "mp" in pieces[1::2] else len(pieces) // 2
-        limit("items", 2 ** free)
-        items = []
-        for signs in itertools.product((0, 1), repeat=free):
-            marks = ["+-"[sign ^ (mark == "mp")] for mark, sign in zip(pieces[1::2], itertools.cycle(signs or (0,)))]
-            tree = Parser("".join(piece + mark for piece, mark in zip(pieces[::2], [*marks, ""]))).whole()
-            items += tree[1:] if tree[0] == "set" else [tree]
-        trees.append(tree if not free else ("set", *dict.fromkeys(items)))
-    return trees
+def spelled(text):
+    """The tokens of a text, without braces around one of them."""
+    return re.sub(r"\{ (\S+) \}", r"\1", " ".join(TOKEN.findall(text)))
+
+
+def judge_text(p, g):
+    """True or False if two normalised answers can be judged by their text; else None."""
+    if p and (p == g or spelled(p) == spelled(g) or (is_wordy(p) or is_wordy(g)) and fold(p) == fold(g)):
+        return True
+    wanted = CHOICE.fullmatch(g)
+    if (wanted or choice(g)) and CHOICE.fullmatch(p):
+        return CHOICE.fullmatch(p)[1] == (wanted[1] if wanted else choice(g))
+    if wanted and choice(p):
+        return choice(p) == wanted[1]
+    return same_time(p, g)
 
 
 def judge(predicted, gold):
-    """(correct, status) of an extracted answer against one gold."""
-    spent[0] = 0
+    """(correct, status) of an extracted answer against one gold; of no answer (None): can the gold be judged?"""
+    METER.restart()
+    if predicted is None:
+        return judge_gold(gold)
     p, g = normalise(predicted), normalise(gold)
-    if p and (p == g or fold(p) == fold(g) and r"\text" in p + g):
-        return True, "ok"
+    known = judge_text(p, g)
+    if known is not None:
+        return known, "ok"
     try:
-        golds = read(g)
+        meant = understand(g)
+    except Unknown:
+        return None, "unknown"
     except tuple(FAILURES):
         return None, "gold_unparsed"
+    METER.restart()
     try:
-        return any(same(a, b) for a in read(p) for b in golds), "ok"
+        right = equal(p, meant)
+        return (right, "ok") if right or not meant.too_big else (None, "gold_unparsed")
+    except Unknown:
+        return None, "unknown"
     except tuple(FAILURES) as error:
-        status = FAILURES[type(error)]
+        return False, FAILURES[type(error)]
+
+
+def judge_gold(gold):
+    """(True, "ok") if any answer can be judged against this gold, else (None, why not)."""
     try:
-        spent[0] = 0
-        any(same(TWO, b) for b in golds)  # has the gold a value, beside something harmless?
+        meant = understand(normalise(gold))
+    except Unknown:
+        return None, "unknown"
     except tuple(FAILURES):
         return None, "gold_unparsed"
-    return False, status
+    if meant.too_big:
+        return None, "gold_unparsed"
+    return (None, "unknown") if meant.partial else (True, "ok")
+
+
+def equal(p, gold):
+    """Does a normalised answer say what the gold says? Its letters are what they are in the gold."""
+    body = split_qualifier(p)[0]
+    number, unit = split_unit(body)
+    if unit and not set(re.findall("[a-zA-Z]", unit)) & gold.letters:
+        body = number
+    answer = read(body, gold.functions, gold.letters)
+    if gold.too_big:
+        return any(sorted_tree(a) == sorted_tree(b) for a in answer.trees for b in gold.trees)
+    if any(same(a, b) for a in answer.trees for b in gold.trees):
+        return True
+    doubtful = gold.doubtful | answer.doubtful
+    if doubtful:                                                    # h(a+b): a function, or a product after all?
+        factors = gold.letters | doubtful
+        products = read(gold.text, gold.functions - doubtful, factors).trees
+        if any(same(a, b) for a in read(body, gold.functions - doubtful, factors).trees for b in products):
+            raise Unknown("a letter that is a function or a factor")
+    return False
 
 
 def judge_any(predicted, golds):
@@ -238,6 +409,9 @@ def judge_any(predicted, golds):
 
 def golds_of(answer):
     return (answer,) if isinstance(answer, str) else tuple(answer)
+
+
+NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 
 def quick(predicted, golds):
@@ -259,6 +433,24 @@ def verify(response, answer):
 
 
 # ----------------------------------------------------------------------------- 4. many, in processes that can be killed
+class Work:
+    """What a worker is busy with: the places of the pairs that it has not judged, a half-read line, a deadline."""
+
+    def __init__(self, chunk, seconds):
+        self.pending = collections.deque(chunk)
+        self.rest = b""
+        self.seconds = seconds
+        self.extend()
+
+    def extend(self):
+        self.deadline = time.monotonic() + self.seconds
+
+    def lines(self, data):
+        """The whole lines that have come in."""
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return lines
+
+
 class Pool:
     """Worker processes that stay alive between calls. Each is a fresh Python with a clean environment (nothing of
     torchrun, of CUDA, of a preloaded library), a memory limit and no torch, that answers pair by pair: so it is known
@@ -268,12 +460,15 @@ class Pool:
     KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "SYSTEMROOT", "TMPDIR")
 
     def __init__(self, seconds=20, megabytes=512, limits=None):
-        self.seconds, self.idle = seconds, []
-        self.command = [sys.executable, "-m", "grading.verifier", "--worker", json.dumps([megabytes, limits or {}])]
+        self.seconds = seconds
+        self.idle = []
+        settings = json.dumps([megabytes, limits or {}])
+        self.command = [sys.executable, "-m", "grading.verifier", "--worker", settings]
 
     def start(self):
         kept = {name: os.environ[name] for name in self.KEPT if name in os.environ}
-        worker = subprocess.Popen(self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        worker = subprocess.Popen(self.command + [str(os.getpid())], cwd=ROOT, stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, start_new_session=True,
                                   env=kept | {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"})
         if worker.stdout.readline() != b"ready\n":
             raise RuntimeError(f"a verifier process does not start (exit code {worker.wait()}): {self.command}")
@@ -286,79 +481,97 @@ class Pool:
         try:
             worker.stdin.close()
         except BrokenPipeError:
-            pass                                                                # what it did not read any more
+            pass                                                   # what it did not read any more
 
     def close(self):
         while self.idle:
             self.stop(self.idle.pop())
 
-    def judge(self, jobs, workers, done=lambda k: None):
-        """[(predicted, golds)…] -> [(correct, status)…]; done(k) is called as job k is judged."""
-        verdicts, failures, busy = [None] * len(jobs), collections.Counter(), {}
+    def judge(self, jobs, workers):
+        """[(predicted, golds)…] -> [(correct, status)…]"""
         size = max(1, min(200, len(jobs) // (4 * workers)))
         queue = collections.deque(range(start, min(start + size, len(jobs))) for start in range(0, len(jobs), size))
-        selector = selectors.DefaultSelector()
-
-        def release(worker):
-            selector.unregister(worker.stdout)
-            return busy.pop(worker)
-
-        def settle(k, verdict):
-            verdicts[k] = verdict
-            done(k)
-
-        def lose(worker, status):
-            guilty, *others = release(worker)[0]
-            self.stop(worker)
-            failures[guilty] += 1
-            if failures[guilty] == 2:
-                settle(guilty, (None, status))
-            queue.extend([chunk for chunk in (others, [guilty] * (failures[guilty] < 2)) if chunk])
-
-        try:
-            while queue or busy:
-                while queue and len(busy) < workers:
-                    worker, chunk = self.idle.pop() if self.idle else self.start(), queue.popleft()
-                    selector.register(worker.stdout, selectors.EVENT_READ, worker)
-                    busy[worker] = [collections.deque(chunk), b"", time.monotonic() + self.seconds]
-                    try:
-                        worker.stdin.write(json.dumps([jobs[k] for k in chunk]).encode() + b"\n")
-                        worker.stdin.flush()
-                    except BrokenPipeError:  # it died since the last call; its end is read below
-                        continue
-                soonest = min(deadline for _, _, deadline in busy.values())
-                for key, _ in selector.select(max(0.0, soonest - time.monotonic())):
-                    worker, data = key.data, os.read(key.fd, 65_536)
-                    if not data:
-                        lose(worker, "crashed")
-                        continue
-                    pending, rest, _ = busy[worker]
-                    *lines, rest = (rest + data).split(b"\n")
-                    for line in lines:
-                        settle(pending.popleft(), tuple(json.loads(line)))
-                    busy[worker][1:] = rest, time.monotonic() + self.seconds
-                    if not pending:
-                        release(worker)
-                        self.idle.append(worker)
-                for worker in [w for w, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]:
-                    lose(worker, "timeout")
-        finally:
-            for worker in list(busy):  # only after an exception: its answers have no reader
-                release(worker)
-                self.stop(worker)
-            selector.close()
+        verdicts = [None] * len(jobs)
+        failures = collections.Counter()
+        busy = {}                                                  # worker -> Work
+        with selectors.DefaultSelector() as selector:
+            try:
+                while queue or busy:
+                    while queue and len(busy) < workers:
+                        chunk = queue.popleft()
+                        worker = self.send([jobs[k] for k in chunk])
+                        busy[worker] = Work(chunk, self.seconds)
+                        selector.register(worker.stdout, selectors.EVENT_READ, worker)
+                    for worker, status in self.receive(selector, busy, verdicts):
+                        selector.unregister(worker.stdout)
+                        work = busy.pop(worker)
+                        if status == "done":
+                            self.idle.append(worker)
+                            continue
+                        self.stop(worker)
+                        queue.extend(retries(work.pending, status, failures, verdicts))
+            finally:
+                for worker in busy:                                # only after an exception: nobody reads their answers
+                    self.stop(worker)
         return verdicts
 
+    def send(self, pairs):
+        """A worker that has been given the pairs."""
+        worker = self.idle.pop() if self.idle else self.start()
+        try:
+            worker.stdin.write(json.dumps(pairs).encode() + b"\n")
+            worker.stdin.flush()
+        except BrokenPipeError:
+            pass                                                   # it died since the last call: receive() reads its end
+        return worker
 
-POOL, LOCK = Pool(), threading.Lock()
+    def receive(self, selector, busy, verdicts):
+        """Wait for answers, and note them; [(worker, status)…] of those that are done, crashed or too slow."""
+        ended = []
+        soonest = min(work.deadline for work in busy.values())
+        for key, _ in selector.select(max(0.0, soonest - time.monotonic())):
+            work = busy[key.data]
+            data = os.read(key.fd, 65_536)
+            if not data:
+                ended.append((key.data, "crashed"))
+                continue
+            for line in work.lines(data):
+                verdicts[work.pending.popleft()] = tuple(json.loads(line))
+            work.extend()
+            if not work.pending:
+                ended.append((key.data, "done"))
+        known = [worker for worker, _ in ended]
+        now = time.monotonic()
+        ended += [(w, "timeout") for w, work in busy.items() if work.deadline <= now and w not in known]
+        return ended
+
+
+def retries(pending, status, failures, verdicts):
+    """The chunks to try again after a worker was lost at the first of its pending pairs: the others together, and that
+    one alone, unless it is the second time."""
+    guilty, *others = pending
+    failures[guilty] += 1
+    if failures[guilty] == 2:
+        verdicts[guilty] = (None, status)
+        return [others] if others else []
+    return [others, [guilty]] if others else [[guilty]]
+
+
+POOL = Pool()
+LOCK = threading.Lock()
 atexit.register(POOL.close)
 
 
-def verify_many(pairs, workers=None, progress=None, pool=POOL):
+def n_cores():
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def verify_many(pairs, workers=None, pool=POOL):
     """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are judged once; what
     takes more than a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most
-    8; 0: this process). progress(n) is called as n more verdicts stand."""
-    verdicts, places = [], collections.defaultdict(list)
+    8; 0: this process)."""
+    verdicts = []
+    places = collections.defaultdict(list)                         # (predicted, golds) -> where it stands
     for response, answer in pairs:
         golds = golds_of(answer)
         predicted, status = extract(response)
@@ -366,28 +579,52 @@ def verify_many(pairs, workers=None, progress=None, pool=POOL):
         if known is None:
             places[predicted, golds].append(len(verdicts))
         verdicts.append(Verdict(known, status or "ok", predicted))
-        if progress and known is not None:
-            progress(1)
     jobs = list(places)
-
-    def done(k):
-        if progress:
-            progress(len(places[jobs[k]]))
-
-    workers = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
-    if workers and jobs:
-        with LOCK:
-            judged = pool.judge(jobs, min(workers, -(-len(jobs) // 50)), done)
-    else:
-        judged = [(judge_any(*job), done(k))[0] for k, job in enumerate(jobs)]
-    for (predicted, golds), (correct, status) in zip(jobs, judged, strict=True):
-        for place in places[predicted, golds]:
-            verdicts[place] = Verdict(correct, status, predicted)
+    for job, (correct, status) in zip(jobs, judge_jobs(jobs, workers, pool), strict=True):
+        for place in places[job]:
+            verdicts[place] = Verdict(correct, status, job[0])
     return verdicts
 
 
-def serve(megabytes, limits):
+def judge_jobs(jobs, workers=None, pool=POOL):
+    """[(predicted, golds)…] -> [(correct, status)…], in worker processes or in this one."""
+    workers = n_cores() if workers is None else workers
+    if not jobs or not workers:
+        return [judge_any(*job) for job in jobs]
+    with LOCK:
+        return pool.judge(jobs, min(workers, -(-len(jobs) // 50)))
+
+
+def unreadable_golds(answers, workers=None, pool=POOL):
+    """The answers (as given, in order; each a gold or a list of golds) that cannot be judged: a gold of theirs cannot
+    be read, has no value, passes a limit, or is read only in part (text inside an expression, an ellipsis), so that a
+    wrong response to it would be unknown."""
+    distinct = list(dict.fromkeys(gold for answer in answers for gold in golds_of(answer)))
+    # A gold and no answer: the worker says whether the gold can be judged.
+    verdicts = dict(zip(distinct, judge_jobs([(None, (gold,)) for gold in distinct], workers, pool)))
+    return [answer for answer in answers
+            if not golds_of(answer) or any(verdicts[gold][0] is not True for gold in golds_of(answer))]
+
+
+# -------------------------------------------------------------------------------------------------- 5. the worker's side
+def requests(parent):
+    """Lines from standard input until it ends, or until the parent is gone while others keep its end of the pipe."""
+    data = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
+        while os.getppid() == parent:
+            if not selector.select(2.0):
+                continue
+            more = os.read(0, 1 << 20)
+            if not more:
+                return
+            *lines, data = (data + more).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def serve(megabytes, limits, parent):
     """A worker: lines of JSON [[predicted, golds]…] in, a line [correct, status] out for each pair as it is judged."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C is for the parent, which decides
     LIMITS.update(limits)
     sys.setrecursionlimit(max(1_000, min(10 * LIMITS["depth"], 10**8)))
     size = megabytes << 20
@@ -395,14 +632,16 @@ def serve(megabytes, limits):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", flush=True)
     try:
-        for line in sys.stdin:
-            for predicted, golds in json.loads(line):
+        for pairs in requests(parent):
+            for predicted, golds in pairs:
                 print(json.dumps(judge_any(predicted, golds)), flush=True)
-    except MemoryError:  # the state is not to be trusted any more
+    except BrokenPipeError:                                        # the parent is gone
+        os._exit(0)
+    except MemoryError:                                            # the state is not to be trusted any more
         sys.exit(f"error: a verifier process went over its {megabytes} MB, and is replaced")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--worker"]:
         sys.exit("error: this is a library; use verify() and verify_many(), or 02_verify_score.py verify")
-    serve(*json.loads(sys.argv[2]))
+    serve(*json.loads(sys.argv[2]), int(sys.argv[3]))

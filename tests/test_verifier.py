@@ -17,7 +17,7 @@ from itertools import combinations
 import mpmath
 import pytest
 
-from grading import grammar
+from grading import values
 from grading import verifier
 from conftest import ROOT
 
@@ -512,7 +512,7 @@ def test_the_source_has_no_way_to_execute_text_and_no_signals():
         "pickle",
         "sympy",
     }
-    for path in (ROOT / "grading/verifier.py", ROOT / "grading/grammar.py"):
+    for path in sorted((ROOT / "grading").glob("*.py")):
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             names |= {node.id} if isinstance(node, ast.Name) else set()
@@ -635,17 +635,17 @@ def test_workers_stay_between_calls_and_one_that_died_meanwhile_is_replaced():
         pool.close()
 
 
-def test_equal_pairs_are_judged_once_and_progress_counts_every_response():
+def test_equal_pairs_are_judged_once():
     class Counting(verifier.Pool):
         def judge(self, jobs, *rest):
             self.jobs = len(jobs)
             return super().judge(jobs, *rest)
 
-    pool, seen = Counting(), []
+    pool = Counting()
     pairs = [(boxed("2x"), "x+x")] * 50 + [(boxed("2y"), "x+x")] * 50 + [(boxed("3"), "3")] * 20 + [("", "3")] * 5
-    verdicts = verifier.verify_many(iter(pairs), 2, progress=seen.append, pool=pool)
+    verdicts = verifier.verify_many(iter(pairs), 2, pool=pool)
     pool.close()
-    assert pool.jobs == 2 and sum(seen) == len(pairs)
+    assert pool.jobs == 2
     assert [v.correct for v in verdicts] == [True] * 50 + [False] * 50 + [True] * 20 + [False] * 5
 
 
@@ -722,9 +722,9 @@ def test_equality_is_symmetric_and_reflexive_on_the_golds():
 
 
 def test_points_do_not_depend_on_the_order_of_names():
-    assert grammar.Point(2)["x"] == grammar.Point(2)["x"] != grammar.Point(2)["y"]
-    assert all(grammar.Point(k)[name] > 0 for k in range(3) for name in "abcxyz")
-    assert any(grammar.Point(k)[name] < 0 for k in range(3, 6) for name in "abcxyz")
+    assert values.Point(2)["x"] == values.Point(2)["x"] != values.Point(2)["y"]
+    assert all(values.Point(k)[name] > 0 for k in range(3) for name in "abcxyz")
+    assert any(values.Point(k)[name] < 0 for k in range(3, 6) for name in "abcxyz")
 
 
 @pytest.mark.parametrize(
