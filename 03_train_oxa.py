@@ -12,7 +12,7 @@ twice.
 
 Deliberate simplifications
 - Full fine-tuning only, no dropout, no evaluation in the loop (05 does that).
-- The epoch is the cross-entropy set's, and the unlikelihood set is cycled beside it.
+- The epoch is the cross-entropy set's, and the unlikelihood set is cycled beside it (A25).
 
 One process (a CPU, or one card), and a card each:
 
@@ -38,8 +38,8 @@ from tqdm import tqdm
 from common import die
 from model import (
     END_OF_TURN, TokenLogprobs, clip_gradient, distribute, encode_response, gradient_sync,
-    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, pack_sequences,
-    plan_packs, render_prompt, save_checkpoint)
+    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
+    pack_sequences, plan_packs, render_prompt, save_checkpoint)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -208,7 +208,11 @@ class Data:
 
 
 def batch_of_step(data: Data, step: int, args) -> np.ndarray:
-    """Row numbers [ce_per_step + ul_per_step] of `step` (from 1), the same on every rank."""
+    """Row numbers [ce_per_step + ul_per_step] of `step` (from 1), the same on every rank.
+
+    Both counts are global, whatever the number of cards (A26); an epoch is the cross-entropy set's
+    (A25).
+    """
     ce = data.ce[common.rows_of_step(len(data.ce), args.ce_per_step, step, args.seed, "ce")]
     if not len(data.ul):
         return ce
@@ -220,8 +224,8 @@ def token_weights(data: Data, batch, normalize: str) -> dict[int, float]:
     """What one response token of each row counts in the step's loss (before ul_weight), from the
     whole step's numbers.
 
-    sequence   1 / (sequences of its set in the step x tokens of this one)      PAPER.md, "Training"
-    token      1 / tokens of its set in the step
+    sequence   1 / (sequences of its set in the step x tokens of this one); PAPER.md, "Training"
+    token      1 / tokens of its set in the step (A27)
     """
     weights = {}
     for is_ul in (False, True):
@@ -258,7 +262,7 @@ def fullest_pack(data: Data, budget: int) -> list[int]:
 def unlikelihood(logp: torch.Tensor, clamp: str = "published") -> torch.Tensor:
     """-log(1 - p) [N], stable at both ends: log(-expm1(lp)) for lp >= -ln 2, else log1p(-exp(lp)).
 
-    log p is held at most at log(1 - 1e-6). As published, the gradient beyond is zero, just where
+    log p is held at most at log(1 - 1e-6) (A28). As published, the gradient beyond is zero, just where
     the model is surest; 'straight-through' takes the clamped value and lets the gradient pass.
     """
     clamped = logp.clamp(max=math.log1p(-1e-6))
@@ -314,7 +318,7 @@ def parameter_groups(model, args) -> list[dict]:
     """AdamW's groups: parameters with weight decay, and those without."""
     decayed, spared = [], []
     for name, weight in model.named_parameters():
-        # The published scripts spare biases and the layers' norms, not the final norm.
+        # The published scripts spare biases and the layers' norms, not the final norm (A29).
         is_spared = name.endswith(".bias") or "layernorm" in name
         (spared if is_spared and not args.decay_all else decayed).append(weight)
     return [{"params": decayed, "weight_decay": args.weight_decay},
@@ -322,7 +326,7 @@ def parameter_groups(model, args) -> list[dict]:
 
 
 def learning_rate(step: int, n_steps: int, args) -> float:
-    """Of `step` (from 1): linear warm-up, then cosine to 0."""
+    """Of `step` (from 1): linear warm-up, then cosine to 0 (A30)."""
     warmup = max(1, round(args.warmup * n_steps))
     if step <= warmup:
         return args.lr * step / warmup
@@ -378,10 +382,12 @@ def main(argv=None):
     out = Path(args.out)
     say = common.printer(dist)
     if dist.rank == 0:
-        common.start_output(out / "metrics.jsonl", "metrics", args, [args.data], MAY_DIFFER)
+        inputs = [args.data, model_dir(args.model)]
+        common.start_output(out / "metrics.jsonl", "metrics", args, inputs, MAY_DIFFER, run=out)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 
+    # the data: tokens once on disk, mapped by all ranks
     tokenizer = load_tokenizer(args.model)
     if dist.rank == 0:
         tokenize(args, tokenizer, load_config(args.model).max_position_embeddings)
@@ -390,8 +396,8 @@ def main(argv=None):
     check_sets(data, args)
     n_steps = args.epochs * (len(data.ce) // args.ce_per_step)
 
+    # the model in float32 master weights, and its optimizer
     checkpoint = latest_checkpoint(out)
-    # float32 master weights
     model = load_model(checkpoint or args.model, device=dist.device, trainable=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -400,7 +406,7 @@ def main(argv=None):
                                   fused=True)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
 
-    # The fullest pack of the whole set at weight 0, thrown away: an out-of-memory shows at once.
+    # the fullest pack of the whole set at weight 0, thrown away: an out-of-memory shows at once
     rows = fullest_pack(data, args.token_budget)
     accumulate_gradient(policy, data, [rows], dict.fromkeys(rows, 0.0), args, dist)
     optimizer.zero_grad(set_to_none=True)
@@ -417,14 +423,16 @@ def main(argv=None):
     stop = common.StopFlag()
     started, first = time.time(), done
     for step in range(done + 1, n_steps + 1):
+        # the batch, the same on every rank, and this rank's share of it
         began = time.time()
         batch = batch_of_step(data, step, args)
         weights = token_weights(data, batch, args.normalize)
         packs = packs_of_step(data, batch, args, dist)
+
+        # the gradient of the loss, and one step of AdamW
         lr = learning_rate(step, n_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-
         sums = accumulate_gradient(policy, data, packs, weights, args, dist)
         grad_norm = clip_gradient(model, args.grad_clip)
         loss = sums["ce_loss"] + args.ul_weight * sums["ul_loss"]
@@ -434,6 +442,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         done = step
 
+        # the log
         seconds = time.time() - began
         tokens = int(data.lengths[batch].sum())
         flops = step_flops(model, data, batch)
@@ -458,6 +467,7 @@ def main(argv=None):
         per_step = (time.time() - started) / (step - first)
         say(step_line(row, n_steps, minutes_left=per_step * (n_steps - step) / 60))
 
+        # checkpoints, and leaving together
         signal_number = stop.on_any_rank(dist.device)
         is_due = args.save_every and step % args.save_every == 0
         if step < n_steps and (signal_number or is_due):
@@ -472,4 +482,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -18,15 +18,15 @@ old log-probs.
 
 Deliberate simplifications
 - Rollouts are drawn with top-p 1: with less, the engine's distribution is not the trainer's and
-every ratio is biased.
+  every ratio is biased.
 - Policy, old policy and reference are taken at the sampling temperature, softmax(logits / T): the
-distribution that acted.
+  distribution that acted (A32).
 - Prompts are split over the ranks, each with its own engine; a group never crosses ranks,
-denominators always do.
+  denominators always do.
 - Short rollouts of a problem share a pack, which reads their prompt once: the numbers are those of
-reading it each time.
+  reading it each time.
 - Steps are synchronous: no rollout is older than the weights it trains. Constant learning rate, no
-reward shaping.
+  reward shaping.
 
 One process (a CPU, or one card), and a card each:
 
@@ -57,14 +57,14 @@ import engines
 from grading import verifier
 from model import (
     TokenLogprobs, check_positions, clip_gradient, decode_response, distribute, gradient_sync,
-    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, pack_sequences,
-    plan_packs, render_prompt, save_checkpoint, token_logprobs)
+    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
+    pack_sequences, plan_packs, render_prompt, save_checkpoint, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
 CHECK_TOKENS = 8
 
-# Clamps of the KL estimate, as verl has them: of d before exp, and of the estimate itself.
+# Clamps of the KL estimate, as verl has them (A33): of d before exp, and of the estimate itself.
 KL_D_MAX = 20.0
 KL_MAX = 10.0
 
@@ -197,8 +197,7 @@ def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
 
 
 def usable_golds(problems, args) -> list[bool]:
-    """Is each gold right as its own response, and is another answer wrong beside it, not
-    unknown?"""
+    """Is each gold right as its own response, and another answer wrong, not unknown? (A34)"""
     itself, other = [], []
     for row in problems:
         gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
@@ -260,7 +259,7 @@ def grade(rollouts, answers: dict, args) -> list:
 
 
 def rewards_of(verdicts) -> torch.Tensor:
-    """[R] 1 if right, else 0. An unknown verdict has reward 0 too, and is counted apart."""
+    """[R] 1 if right, else 0. An unknown verdict has reward 0 too, and is counted apart (A35)."""
     return torch.tensor([float(verdict.correct is True) for verdict in verdicts])
 
 
@@ -291,12 +290,12 @@ def token_weights(rollouts, args, device) -> torch.Tensor:
     loss.
 
     token     1 / tokens of the batch
-              Yu et al. 2025 (DAPO), arXiv 2503.14476; PAPER.md, "RLVR"
+              Yu et al. 2025 (DAPO), arXiv 2503.14476; PAPER.md, "RLVR" (A39)
     sequence  1 / (rollouts of the batch x tokens of this one)
               Shao et al. 2024, arXiv 2402.03300
 
     The batch is that of all ranks and micro-batches, so neither changes the loss. What is out of
-    the loss (cut rollouts with --overlong mask) has weight 0 and is in no count.
+    the loss (cut rollouts with --overlong mask, A37) has weight 0 and is in no count.
     """
     is_live = torch.tensor([args.overlong == "keep" or r.finish == "stop" for r in rollouts])
     n_tokens = torch.tensor([len(r.ids) for r in rollouts])
@@ -313,7 +312,8 @@ def token_weights(rollouts, args, device) -> torch.Tensor:
 
 
 def plan_rollouts(rollouts, chosen, args) -> list[list[int]]:
-    """Micro-batches of the `chosen` places in `rollouts`: at most --token-budget tokens each, prompts included.
+    """Micro-batches of the `chosen` places in `rollouts`: at most --token-budget tokens each,
+    prompts included.
 
     Short rollouts of one problem stay together, up to half of the budget: a pack reads their prompt
     once.
@@ -485,8 +485,10 @@ def accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_lo
 
 
 def refuse_gap(gap: float, args, dist, where: str):
-    """Stop if the mean |log p(trainer) - log p(engine)| is over --max-logp-gap; 0: 1e-4, or 0.05 on
-    CUDA (bf16)."""
+    """Stop if the mean |log p(trainer) - log p(engine)| is over --max-logp-gap.
+
+    0: the limit is 1e-4, or 0.05 on CUDA, where both sides compute in bf16 (A43).
+    """
     limit = args.max_logp_gap or (0.05 if dist.device.startswith("cuda") else 1e-4)
     if not gap <= limit:
         common.die(f"{where}: mean |log p(trainer) - log p(engine)| is {gap:.2g}, over the limit "
@@ -640,7 +642,8 @@ def main(argv=None):
         common.die(f"--prompts-per-step {args.prompts_per_step} cannot be shared by {dist.world} "
                    "ranks")
     if dist.rank == 0:
-        common.start_output(out / "rollouts.jsonl", "rollouts", args, [args.problems], MAY_DIFFER)
+        inputs = [args.problems, model_dir(args.model)]
+        common.start_output(out / "rollouts.jsonl", "rollouts", args, inputs, MAY_DIFFER, run=out)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 
@@ -667,7 +670,7 @@ def main(argv=None):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = distribute(TokenLogprobs(model, args.temperature), dist, args.shard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=True)
+                                  fused=True)             # betas (0.9, 0.999) (A40)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
     reference = load_model(args.model, device=dist.device) if args.kl_coef else None
     engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device,
@@ -690,6 +693,7 @@ def main(argv=None):
     stop = common.StopFlag()
     signal_number = 0
     for step in range(done + 1, n_steps + 1):
+        # problems: the same P on every rank (whole batches of an epoch, A42), and its share
         began, seconds = time.perf_counter(), {}
         chosen = common.rows_of_step(len(problems), args.prompts_per_step, step, args.seed)
         mine = [problems[i] for i in chosen[dist.rank::dist.world]]
@@ -717,7 +721,7 @@ def main(argv=None):
         rewards = rewards_of(verdicts)
         advantages = group_advantages(rewards, args.rollouts, args.advantage)
 
-        # update: one optimizer step on the whole batch, or --updates-per-batch of them
+        # update: one optimizer step on the whole batch, or --updates-per-batch of them (A41)
         with timed(seconds, "update"):
             weights = token_weights(rollouts, args, dist.device)
             old_logps, first_logps, history = None, None, []
@@ -737,6 +741,7 @@ def main(argv=None):
                 history.append(stats)
             stats = common.mean_by_name(history)
 
+        # sync: the new weights go into the engine, and both sides score the same tokens
         with timed(seconds, "sync"):
             engine.sync(model)
             stats |= check_sync(engine, policy, rollouts, step, args, dist)
@@ -748,6 +753,8 @@ def main(argv=None):
                                  stop.is_set)
             if pass1 is not None:
                 stats["eval_pass1"] = pass1
+
+        # the log
         gaps = logp_gaps(rollouts, first_logps)
         row = {"step": step,
                "epoch": step * args.prompts_per_step / len(problems),
@@ -762,6 +769,7 @@ def main(argv=None):
                 rollout_log.write(rollout_row)
         say(step_line(row, n_steps, seconds))
 
+        # checkpoints, and leaving together
         if step % args.save_every == 0 and step < n_steps:
             save()
         signal_number = stop.on_any_rank(dist.device)
@@ -780,4 +788,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -65,13 +65,15 @@ def render_prompt(tokenizer, problem: str) -> list[int]:
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Token ids of a response's text alone. Markup in it stays text: a response cannot end its own
-    turn."""
+    """Token ids of a response's text alone.
+
+    Markup in it stays text: a response cannot end its own turn (A11).
+    """
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_response(tokenizer, text: str) -> list[int]:
-    """`encode_text` and the end-of-turn token, so that a trained model stops."""
+    """`encode_text` and the end-of-turn token, so that a trained model stops (A31)."""
     return encode_text(tokenizer, text) + [tokenizer.convert_tokens_to_ids(END_OF_TURN)]
 
 
@@ -352,7 +354,7 @@ class OutputLayer(torch.autograd.Function):
             largest, likeliest = z.max(dim=1, keepdim=True)                 # [n, 1]
             z.sub_(largest)
             target_z = z.gather(1, targets[rows, None])[:, 0]
-            p = z.exp().scatter_(1, likeliest, 0.0)                         # times Z, but for the top
+            p = z.exp().scatter_(1, likeliest, 0.0)  # times Z, but for the top
             rest = p.sum(dim=1)
             top[rows] = largest[:, 0]
             log_total[rows] = rest.log1p()
@@ -379,7 +381,7 @@ class OutputLayer(torch.autograd.Function):
             scale = (grad_logp[rows] / ctx.temperature)[:, None]
             dz = p.mul_(-scale)                                             # -g softmax(z)
             one_less_p = -torch.expm1(logp[rows, None])
-            dz.scatter_(1, targets[rows, None], scale * one_less_p)         # +g (1 - p) at the target
+            dz.scatter_(1, targets[rows, None], scale * one_less_p)  # +g (1 - p) at the target
             dz = dz.to(hidden.dtype)
             grad_hidden[rows] = dz @ w
             if grad_weight is None:
@@ -476,11 +478,10 @@ def no_mask(*args, **kwargs):
 
 
 def halve_linear(model):
-    """Linear layers in bf16, for a frozen model under autocast: the same numbers in half the
-    memory.
+    """Linear layers in bf16, for a frozen model under autocast: the same numbers, half the memory.
 
-    Autocast would cast them at each call. Embedding, norms and a tied output layer stay as they
-    are.
+    Autocast would cast them at each call (A46). Embedding, norms and a tied output layer stay as
+    they are.
     """
     output = model.get_output_embeddings()
     is_tied = output.weight is model.get_input_embeddings().weight
