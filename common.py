@@ -980,7 +980,10 @@ def sum_over_ranks(sums: dict) -> dict:
 
 def mean_by_name(rows: list[dict]) -> dict:
     """The mean of each name over some rows of numbers."""
-    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        means[name] = statistics.fmean(row[name] for row in rows)
+    return means
 
 
 def barrier():
