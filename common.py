@@ -670,6 +670,7 @@ def release_locks():
     for lock_path, file in HELD.items():
         lock_path.unlink(missing_ok=True)                    # while held: it is no one else's yet
         file.close()
+    HELD.clear()
 
 
 # ----------------------------------------------------------------------------------------- sidecars
