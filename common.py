@@ -670,6 +670,7 @@ def release_locks():
     for lock_path, file in HELD.items():
         lock_path.unlink(missing_ok=True)                    # while held: it is no one else's yet
         file.close()
+    HELD.clear()
 
 
 # ----------------------------------------------------------------------------------------- sidecars
@@ -980,7 +981,10 @@ def sum_over_ranks(sums: dict) -> dict:
 
 def mean_by_name(rows: list[dict]) -> dict:
     """The mean of each name over some rows of numbers."""
-    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        means[name] = statistics.fmean(row[name] for row in rows)
+    return means
 
 
 def barrier():

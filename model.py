@@ -13,9 +13,11 @@ size, V vocabulary, D head dimension.
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -447,8 +449,8 @@ def load_config(path):
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(model_dir(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        die(f"cannot read a model configuration from {path}: {str(error).splitlines()[0]}")
+    except Exception as error:                               # whatever a config.json may provoke
+        die(f"cannot read a model configuration from {path}: {first_line(error)}")
 
 
 def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False):
@@ -462,8 +464,12 @@ def load_model(path, dtype=torch.float32, device="cpu", trainable: bool = False)
     config = load_config(path)
     if getattr(config, "use_sliding_window", False):
         die(f"{path} uses sliding-window attention, which the packed attention does not implement")
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir(path), dtype=dtype, attn_implementation="packed", trust_remote_code=False)
+    model, names = AutoModelForCausalLM.from_pretrained(
+        model_dir(path), dtype=dtype, attn_implementation="packed", trust_remote_code=False,
+        output_loading_info=True)
+    for which in ("missing_keys", "unexpected_keys"):
+        if names[which]:
+            die(f"{path}: {which.replace('_', ' ')} in the weights: {sorted(names[which])[:3]}")
     model.to(device)
     if model.get_output_embeddings().bias is not None:
         die(f"{path} has a bias in its output layer, which the log-prob primitive does not have")
@@ -497,6 +503,108 @@ def check_positions(config, needed: int, what: str):
         die(f"{what} needs {needed} positions, the model has max_position_embeddings = "
             f"{config.max_position_embeddings}; prepare the base first "
             "(python -m tools.prepare_base) or lower the limit")
+
+
+# --------------------------------------------------------------------------- is it a whole model?
+
+
+def check_model_dir(path, renders: bool = True):
+    """Refuse a model directory whose files do not belong together, before anything is loaded:
+    transformers would fill a missing layer with random numbers, and warn.
+
+    Every parameter of the configuration is stored, none is left over, shapes fit, numbers are
+    finite, the vocabulary holds the tokenizer's, and (`renders`) the chat template renders a
+    problem. No code of the model is run. A hub id is not looked at: `load_model` checks its names.
+    """
+    directory = Path(model_dir(path))
+    if not directory.is_dir():
+        return
+    tokenizer = load_tokenizer(directory, any_markup=True)
+    check_weights(directory, load_config(directory), tokenizer)
+    if renders:
+        check_chat_template(directory, tokenizer)
+
+
+def check_weights(directory: Path, config, tokenizer):
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoModelForCausalLM
+    try:
+        with torch.device("meta"):                           # shapes alone, no memory
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:                               # whatever a config.json may provoke
+        die(f"{directory}: config.json describes no causal LM: {first_line(error)}")
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    needed = {name for name, _ in model.named_parameters()}  # of tied ones the first
+    found = set()
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    check_tensor(file, name, tensors.get_tensor(name), shapes)
+                    found.add(name)
+        except (SafetensorError, OSError) as error:
+            die(f"{file} is not whole: {first_line(error)}")
+    missing = sorted(needed - found)
+    if missing:
+        die(f"{directory}: the weights lack {missing[0]} ({len(missing)} of {len(needed)} "
+            "parameters of config.json are not there)")
+    n_tokens = 1 + max(tokenizer.get_vocab().values())
+    n_rows = model.get_input_embeddings().weight.shape[0]
+    if n_tokens > n_rows:
+        die(f"{directory}: the tokenizer has {n_tokens} tokens, the embedding {n_rows} rows")
+
+
+def check_tensor(file, name: str, tensor: torch.Tensor, shapes: dict):
+    if name not in shapes:
+        die(f"{file}: config.json has no parameter {name}")
+    if list(tensor.shape) != shapes[name]:
+        die(f"{file}: {name} is {list(tensor.shape)}, config.json makes it {shapes[name]}")
+    if not tensor.isfinite().all():
+        die(f"{file}: {name} has numbers that are not finite")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """model.safetensors, or the files that its index names."""
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            die(f"{index} is no index of weight files")
+    for name in names:
+        if not (directory / str(name)).is_file():
+            die(f"{directory} has no weights: {name} is missing")
+    return [directory / name for name in names]
+
+
+def check_chat_template(directory: Path, tokenizer, seconds: float = 10):
+    """The template is a program of the model's: it runs in a sandbox (transformers), and within
+    limits."""
+    if not tokenizer.chat_template:
+        die(f"{directory} has no chat template: prepare the base first "
+            "(python -m tools.prepare_base)")
+    problem = "What is 1 + 1?"
+    before = signal.signal(signal.SIGALRM, raise_timeout)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        n_tokens = len(render_prompt(tokenizer, problem))
+        text = tokenizer.apply_chat_template([{"role": "user", "content": problem}], tokenize=False)
+    except Exception as error:                               # whatever a template may provoke
+        die(f"{directory}: the chat template fails: {first_line(error)}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if problem not in text or n_tokens > 10_000:
+        die(f"{directory}: the chat template makes {n_tokens} tokens of '{problem}'")
+
+
+def raise_timeout(number, frame):
+    raise TimeoutError("it does not end")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------- training on several ranks
