@@ -41,6 +41,7 @@ Shapes: R rows of a file, M of them candidates, S sequences, L tokens of one of 
 
 import common
 
+import argparse
 import array
 import dataclasses
 import hashlib
@@ -69,6 +70,9 @@ SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bo
           "ppl": (float, int, type(None))}
 
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
+PAPER_BINS = 80                 # (5.0 - 1.0) / 0.05
+PAPER_SIGMA_SHARE = 0.0625      # 0.25 / (5.0 - 1.0)
+MOST_BINS = 100_000
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 # ----------------------------------------------------------------------------------- configuration
@@ -104,7 +108,7 @@ def parse_args(argv=None):
     p = common.add_command(commands, "select", "the examples that one arm trains on")
     p.add_argument("--arm", required=True, choices=ARMS)
     p.add_argument("--teacher", required=True, help="scored JSONL of teacher responses")
-    p.add_argument("--self", dest="self", default=None,
+    p.add_argument("--self", dest="self_samples", default=None,
                    help="scored JSONL of self-samples; needed by oxa_full only")
     p.add_argument("--out", required=True, help="training set JSONL")
     p.add_argument("--n-ce", type=int, default=50000, help="cross-entropy examples")
@@ -116,10 +120,19 @@ def parse_args(argv=None):
                         "inside the range")
     p.add_argument("--sigma", type=float, default=0.25,
                    help="width of the Gaussian, in perplexity")
+    p.add_argument("--sigma-share", type=float, default=None,
+                   help="instead of --sigma: as a share of the range (the paper's is 0.0625)")
     p.add_argument("--range-low", type=float, default=1.0, help="lowest perplexity of oxa_mle")
     p.add_argument("--range-high", type=float, default=5.0,
                    help="highest perplexity of oxa_mle, itself included")
+    p.add_argument("--range-quantiles", type=float, nargs="+", default=None, metavar="Q",
+                   help="instead of --range-low and --range-high: two quantiles of the correct "
+                        "responses' perplexities, e.g. 0.01 0.99. With --n-bins, --sigma-share and "
+                        "--mu-quantile one setting serves short and long responses")
     p.add_argument("--bin-width", type=float, default=0.05, help="in perplexity")
+    p.add_argument("--n-bins", type=int, default=None,
+                   help="instead of --bin-width: so many bins of equal width (the paper's are 80, "
+                        "which is the default with --range-quantiles)")
     p.add_argument("--cap", type=int, default=1,
                    help="cross-entropy examples per query, over all bins")
     p.add_argument("--min-tokens", type=int, default=0,
@@ -146,18 +159,33 @@ def parse_args(argv=None):
 
     args = common.parse_args(parser, argv=argv)
     common.check_range(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1,
-                       max_score_tokens=1, token_budget=1, chars=1, workers=0, show=0, min_tokens=0)
+                       max_score_tokens=2, token_budget=1, chars=1, workers=0, show=0, min_tokens=0)
     if args.command == "select":
         check_select_flags(args)
     return args
 
 
 def check_select_flags(args):
-    if args.sigma <= 0:
-        die(f"--sigma must be positive, got {args.sigma}")
+    """The Gaussian's flags, before a file is read."""
+    for name in ("sigma", "sigma_share", "bin_width", "n_bins"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            die(f"--{name.replace('_', '-')} must be positive, got {value}")
     if args.mu_quantile is not None and not 0 <= args.mu_quantile <= 1:
         die(f"--mu-quantile must lie in [0, 1], got {args.mu_quantile}")
-    if args.arm == "oxa_full" and not args.self:
+    if args.range_quantiles:
+        ends = [0, *args.range_quantiles, 1]
+        if len(ends) != 4 or ends != sorted(ends):
+            die("--range-quantiles must be two numbers in [0, 1], the lower one first; "
+                f"got {args.range_quantiles}")
+    width = args.range_high - args.range_low
+    if width <= 0:
+        die(f"--range-low {args.range_low} is not below --range-high {args.range_high}")
+    n_bins = args.n_bins or width / args.bin_width
+    if n_bins > MOST_BINS:
+        die(f"the range [{args.range_low}, {args.range_high}] has {n_bins:,.0f} bins; "
+            f"at most {MOST_BINS:,} are reasonable: a larger --bin-width")
+    if args.arm == "oxa_full" and not args.self_samples:
         die("--arm oxa_full needs --self: the scored self-samples that unlikelihood is drawn from")
 
 
@@ -497,7 +525,9 @@ COLUMN_TYPES = {"offset": "q", "query": "q", "correct": "b", "truncated": "b", "
 
 def read_columns(path, seed: int) -> Columns:
     """One pass over a scored file. Its memory grows with the rows, not with their text."""
-    columns = {name: array.array(code) for name, code in COLUMN_TYPES.items()}
+    columns = {}
+    for name, code in COLUMN_TYPES.items():
+        columns[name] = array.array(code)
     sids = set()
     scorers = set()
     numbers = {}           # pid -> its number, in the order of the file
@@ -528,12 +558,25 @@ def random_number(seed: int, sid: str) -> int:
 
 def bin_edges(low: float, high: float, width: float) -> np.ndarray:
     """[n_bins + 1] edges, exact to ten decimals: 1.15 lies in [1.15, 1.20), as it reads."""
-    n_bins = round((high - low) / width) if width > 0 else 0
+    n_bins = round((high - low) / width)
     remainder = (high - low) - n_bins * width
     if n_bins < 1 or abs(remainder) > 1e-9:
-        die(f"the range [{low}, {high}] is not a whole number of bins of width {width}")
+        die(f"the range [{low}, {high}] is not a whole number of bins of width {width}; "
+            "--n-bins cuts any range")
     edges = low + width * np.arange(n_bins + 1)
     return np.round(edges, 10)
+
+
+def perplexity_edges(ppl: np.ndarray, args) -> np.ndarray:
+    """[n_bins + 1] edges that the flags ask for; ppl [M]: perplexities of the candidates."""
+    low, high = args.range_low, args.range_high
+    if args.range_quantiles:
+        low, high = np.quantile(ppl, args.range_quantiles).tolist()
+        if not low < high:
+            die(f"--range-quantiles {args.range_quantiles}: both are a perplexity of {low}")
+    elif args.n_bins is None:
+        return bin_edges(low, high, args.bin_width)
+    return np.linspace(low, high, (args.n_bins or PAPER_BINS) + 1)
 
 
 def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -547,16 +590,16 @@ def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 
 def gaussian_targets(edges: np.ndarray, mu: float, sigma: float, n: int) -> np.ndarray:
-    """[n_bins] counts that sum to n, in proportion to the normal density at the bins' centres.
+    """[n_bins] counts that sum to n, in proportion to the normal density at the bins' centres; all
+    0 if the Gaussian lies so far outside the range that its density vanishes there.
 
     Rounded down; what is left of n goes to the bins with the largest fractions.
     """
     centre = (edges[:-1] + edges[1:]) / 2
     deviation = (centre - mu) / sigma
     density = np.exp(-0.5 * deviation ** 2)
-    if not density.sum() > 0:
-        die(f"no part of the Gaussian (mu {mu}, sigma {sigma}) lies in the range "
-            f"[{edges[0]}, {edges[-1]}]")
+    if density.sum() == 0:
+        return np.zeros(len(centre), dtype=int)
     share = density / density.sum() * n
     target = np.floor(np.round(share, 9)).astype(int)
     # Bins at equal distance from mu have equal shares: rounded, the last bit does not rank them,
@@ -628,9 +671,7 @@ def bin_table(edges, target, candidates, picked) -> list[dict]:
 
 def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
     """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
-    pool = np.flatnonzero((columns.correct == 1) & ~np.isnan(columns.ppl))
-    if not len(pool):
-        die(f"{columns.path}: no row is verified correct and scored; nothing to select from")
+    pool = candidates(columns)
     if args.arm == "sft":
         return uniform_sample(columns, pool, args), {}
     if args.arm == "sft_lp":
@@ -641,8 +682,17 @@ def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
     picked, details = gaussian_guided_sampling(columns, pool, args)
     if args.arm == "length_matched":
         picked, length_bins = length_matched_sample(columns, pool, picked, args)
-        details = {"mu": details["mu"], "length_bins": length_bins}
+        del details["bins"]
+        details["length_bins"] = length_bins
     return picked, details
+
+
+def candidates(columns: Columns) -> np.ndarray:
+    """The rows that cross entropy may train on: [M], of the rows R."""
+    pool = np.flatnonzero((columns.correct == 1) & ~np.isnan(columns.ppl))
+    if not len(pool):
+        die(f"{columns.path}: no row is verified correct and scored; nothing to select from")
+    return pool
 
 
 def uniform_sample(columns: Columns, pool, args) -> np.ndarray:
@@ -671,21 +721,66 @@ def gaussian_guided_sampling(columns: Columns, pool, args) -> tuple[np.ndarray, 
     a bin gives its longest first. In rounds, so that no query has a second response before every
     query that can has one.
     """
-    edges = bin_edges(args.range_low, args.range_high, args.bin_width)
+    edges = perplexity_edges(columns.ppl[pool], args)
     bins = bin_of(columns.ppl, edges)
     pool = pool[bins[pool] >= 0]
-    if not len(pool):
-        die(f"{columns.path}: no correct response has a perplexity in "
-            f"[{args.range_low}, {args.range_high}]")
-    mu = args.mu
-    if args.mu_quantile is not None:
+    mu, sigma = args.mu, args.sigma
+    if args.mu_quantile is not None and len(pool):
         mu = float(np.quantile(columns.ppl[pool], args.mu_quantile))
-    target = gaussian_targets(edges, mu, args.sigma, args.n_ce)
+    if args.sigma_share is not None:
+        sigma = float(args.sigma_share * (edges[-1] - edges[0]))
+    target = gaussian_targets(edges, mu, sigma, args.n_ce)
     # By bin, in each the longest first, ties at random (np.lexsort: the last key ranks first).
     longest_first = np.lexsort((columns.tie[pool], -columns.n_tokens[pool], bins[pool]))
     order = pool[longest_first]
     picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
-    return picked, {"mu": mu, "bins": bin_table(edges, target, bins[pool], bins[picked])}
+    table = bin_table(edges, target, bins[pool], bins[picked])
+    return picked, {"mu": mu, "sigma": sigma, "bins": table}
+
+
+def gaussian_advice(columns: Columns, n_picked: int, mu: float, args) -> str:
+    """For a Gaussian that came up short: where the perplexities lie, and which flags pick more.
+
+    Tried out are other centres, in the range as it is and in one that holds 98 % of the responses,
+    with the paper's proportions of bins and width.
+    """
+    pool = candidates(columns)
+    ppl = columns.ppl[pool]
+    low, middle, high = np.quantile(ppl, (0.01, 0.5, 0.99)).tolist()
+    text = (f"98 % of the {len(pool):,} correct responses have perplexities from {low:.4g} to "
+            f"{high:.4g}, half of them below {middle:.4g}")
+    low = math.floor(low * 100) / 100
+    high = math.ceil(high * 100) / 100
+    wider = {"range_quantiles": None, "range_low": low, "range_high": high, "n_bins": PAPER_BINS,
+             "sigma_share": PAPER_SIGMA_SHARE}
+    named = (f"--range-low {low} --range-high {high} --n-bins {PAPER_BINS} "
+             f"--sigma-share {PAPER_SIGMA_SHARE} ")
+    settings = [("", {})]
+    if low < high:
+        settings.append((named, wider))
+    for flags, values in settings:
+        quantile, n = best_mu_quantile(columns, pool, mu, with_flags(args, **values))
+        if n > n_picked:
+            text += f"; {flags}--mu-quantile {quantile} would pick {n:,} of {args.n_ce:,}"
+    n_queries = len(np.unique(columns.query[pool]))
+    most = f"{n_queries:,} queries x --cap {args.cap}"
+    return f"{text}; no setting picks more than {most}"
+
+
+def best_mu_quantile(columns: Columns, pool, mu: float, args) -> tuple[float, int]:
+    """The --mu-quantile that picks the most, of several the nearest to the perplexity `mu`, and how
+    many it picks."""
+    tried = []
+    for quantile in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+        trial = with_flags(args, mu_quantile=quantile)
+        picked, details = gaussian_guided_sampling(columns, pool, trial)
+        tried.append((-len(picked), abs(details["mu"] - mu), quantile))
+    minus_n, _, quantile = min(tried)
+    return quantile, -minus_n
+
+
+def with_flags(args, **flags):
+    return argparse.Namespace(**(vars(args) | flags))
 
 
 def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarray, list[dict]]:
@@ -713,20 +808,18 @@ def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarra
 def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
     """High-confidence errors (docs/PAPER.md): wrong self-samples above the perplexity floor, per
     query the most likely ones, of those the most likely of all."""
-    # Each reason to leave a wrong response out counts those that no earlier one has taken.
-    wrong = (columns.correct == 0) & ~np.isnan(columns.ppl)
-    too_long = wrong & (columns.n_tokens > args.max_tokens_ul)
-    below_floor = wrong & ~too_long & (columns.ppl < args.min_ppl_ul)
-    cut = wrong & ~too_long & ~below_floor & (columns.truncated == 1)
-    if args.truncated_ul == "keep":
-        cut = np.zeros_like(cut)
-    usable = wrong & ~too_long & ~below_floor & ~cut
-    pool = np.flatnonzero(usable)
-    dropped = {
-        "too_long": int(too_long.sum()),
-        "below_floor": int(below_floor.sum()),
-        "truncated": int(cut.sum()),
+    rules = {
+        "too_long": columns.n_tokens > args.max_tokens_ul,
+        "below_floor": columns.ppl < args.min_ppl_ul,
     }
+    if args.truncated_ul == "drop":
+        rules["truncated"] = columns.truncated == 1
+    usable = (columns.correct == 0) & ~np.isnan(columns.ppl)
+    dropped = {"too_long": 0, "below_floor": 0, "truncated": 0}
+    for reason, applies in rules.items():      # each counts those that no earlier one has taken
+        dropped[reason] = int((usable & applies).sum())
+        usable &= ~applies
+    pool = np.flatnonzero(usable)
     picked = lowest(columns, pool, columns.ppl, args.n_ul, args.ul_cap)
     return picked, {"dropped": dropped, "candidates": len(pool)}
 
@@ -738,7 +831,7 @@ def select(args):
     """scored -> the training set of one arm; its sidecar has what each bin was to get and got."""
     full = args.arm == "oxa_full"
     teacher = read_columns(args.teacher, args.seed)
-    own = read_columns(args.self, args.seed) if full else None
+    own = read_columns(args.self_samples, args.seed) if full else None
     check_one_scorer(teacher, own)
     print_census(teacher)
     if full:
@@ -747,8 +840,13 @@ def select(args):
     # The cross-entropy set
     ce, details = select_ce(teacher, args)
     if not len(ce):
-        die(f"{args.teacher}: no response is left for --arm {args.arm} with these limits")
+        where = ""
+        if "mu" in details:
+            where = f": {gaussian_advice(teacher, 0, details['mu'], args)}"
+        die(f"{args.teacher}: no response is left for --arm {args.arm} with these limits{where}")
     print_bins(details, args)
+    if "mu" in details and len(ce) < args.n_ce:
+        print(f"SHORT: {gaussian_advice(teacher, len(ce), details['mu'], args)}")
     sets = {"ce": summary(teacher, ce, args.n_ce)}
     print_set("cross-entropy", sets["ce"])
 
@@ -757,8 +855,8 @@ def select(args):
     if full:
         ul, ul_details = select_ul(own, args)
         if not len(ul):
-            die(f"{args.self}: no wrong self-sample is left for unlikelihood with these limits "
-                f"({ul_details})")
+            die(f"{args.self_samples}: no wrong self-sample is left for unlikelihood with these "
+                f"limits ({ul_details})")
         sets["ul"] = summary(own, ul, args.n_ul) | ul_details
         print_set("unlikelihood", sets["ul"])
         print(f"  {ul_details['candidates']:,} candidates; dropped: {ul_details['dropped']}")
@@ -767,7 +865,7 @@ def select(args):
         copy_rows(teacher, ce, "ce", file)
         if full:
             copy_rows(own, ul, "ul", file)
-    inputs = [args.teacher, args.self if full else None]
+    inputs = [args.teacher, args.self_samples if full else None]
     common.write_meta(args.out, "training", args, inputs, rows=len(ce) + len(ul), **sets, **details,
                       teacher=teacher.census(), self=own.census() if full else None)
 
@@ -816,7 +914,7 @@ def print_bins(details: dict, args):
     given = ""
     if args.mu_quantile is not None:
         given = f" (quantile {args.mu_quantile})"
-    print(f"Gaussian: mu {details['mu']:.4f}{given}, sigma {args.sigma}")
+    print(f"Gaussian: mu {details['mu']:.4f}{given}, sigma {details['sigma']:g}")
     unit, bins = "perplexity", details.get("bins")
     if bins is None:
         unit, bins = "tokens", details["length_bins"]
@@ -860,8 +958,14 @@ def show(args):
         die(f"{args.samples}: no such row")
     edges = bin_edges(1.0, 5.0, 0.05)
     for row in rows:
-        facts = (row["sid"], row.get("objective"), verdict_of(row), place_of(row, edges),
-                 f"{row.get('n_tokens')} tokens", row.get("finish"))
+        facts = (
+            row["sid"],
+            row.get("objective"),
+            verdict_of(row),
+            place_of(row, edges),
+            f"{row.get('n_tokens')} tokens",
+            row.get("finish"),
+        )
         common.print_row(facts, row.get("problem", ""), row["response"], args.chars)
     print("=" * 100)
     print(f"{len(rows)} of {n_match:,} rows of {args.samples}")

@@ -499,7 +499,7 @@ def draw_perplexity(meta, seed, out) -> str:
     axes[1].bar(low, [b["actual"] for b in bins], width, align="edge", color=STYLES["oxa_mle"][0],
                 label="picked for oxa_mle and oxa_full")
     axes[1].step(low, [b["target"] for b in bins], where="post", color="black",
-                 label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {meta['args']['sigma']}")
+                 label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {meta['sigma']:.2g}")
     axes[1].sharex(axes[0])
     axes[1].set_xlabel(f"perplexity of the response under the base model, bins of {width:.2g}")
     picked = f"{meta['ce']['actual']:,} of {meta['ce']['target']:,} wanted"
