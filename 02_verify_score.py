@@ -56,7 +56,7 @@ import torch
 from tqdm import tqdm
 
 from common import die
-from grading.verifier import verify_many
+from grading.verifier import unreadable_golds, verify_many
 from model import (check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
                    pack_sequences, render_prompt, token_logprobs)
 
@@ -73,6 +73,7 @@ LABEL = {True: "correct", False: "wrong", None: "unknown"}
 PAPER_BINS = 80                 # (5.0 - 1.0) / 0.05
 PAPER_SIGMA_SHARE = 0.0625      # 0.25 / (5.0 - 1.0)
 MOST_BINS = 100_000
+SHOWN_GOLDS = 20
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 # ----------------------------------------------------------------------------------- configuration
@@ -195,9 +196,10 @@ def check_select_flags(args):
 def verify(args):
     """samples -> verified: + predicted, correct, status, and the problem's text for later stages.
     """
-    problems = read_problems(args.problems)
     inputs = [args.samples, args.problems]
     common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block"))
+    problems = read_problems(args.problems)
+    n_unreadable = show_unreadable_golds(problems, args)
     done, out = common.append_jsonl(args.out, "sid")
     counts = Counter()
     if done:
@@ -205,7 +207,7 @@ def verify(args):
         for row in common.read_jsonl(args.out, VERDICT):
             counts[row["correct"], row["status"]] += 1
 
-    samples = common.read_jsonl(args.samples, SAMPLE)
+    samples = samples_of_problems(problems, args)
     progress = tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5)
     with out, progress:
         for block, n_old in common.unfinished_blocks(samples, done, len(done), args.block):
@@ -214,27 +216,46 @@ def verify(args):
                 out.write(row)
                 counts[row["correct"], row["status"]] += 1
             progress.update(len(new))
-    report_verdicts(args, inputs, counts)
+    report_verdicts(args, inputs, counts, n_unreadable)
 
 
 def read_problems(path) -> dict:
     """{pid: row of the problems file}"""
     problems = {}
-    for row in common.read_jsonl(path, PROBLEM):
-        if row["pid"] in problems:
-            die(f"{path}: pid {row['pid']} occurs twice")
+    for row in common.read_jsonl(path, PROBLEM, key="pid"):
         problems[row["pid"]] = row
     return problems
+
+
+def show_unreadable_golds(problems: dict, args) -> int:
+    """Before anything is graded: how many golds nothing can be judged against, and which."""
+    answers = [row["answer"] for row in problems.values()]
+    unreadable = unreadable_golds(answers, workers=args.workers or None)
+    if unreadable:
+        print(f"{args.problems}: the gold of {len(unreadable):,} of {len(problems):,} problems "
+              "cannot be read; a response to them that is not plainly right is unknown (null):")
+    for answer in unreadable[:SHOWN_GOLDS]:
+        print(common.printable(f"  {answer!r}")[:200])
+    if len(unreadable) > SHOWN_GOLDS:
+        print(f"  and {len(unreadable) - SHOWN_GOLDS:,} more")
+    return len(unreadable)
+
+
+def samples_of_problems(problems: dict, args):
+    """The rows of --samples, one by one; each must belong to a problem."""
+    samples = common.read_jsonl(args.samples, SAMPLE, key="sid")
+    for number, row in enumerate(samples, 1):
+        if row["pid"] not in problems:
+            die(f"{args.samples}:{number}: no problem '{row['pid']}' in {args.problems}; "
+                "the two files must be of one import")
+        yield row
 
 
 def graded(rows: list[dict], problems: dict, args) -> list[dict]:
     """Sampled rows -> verified rows."""
     pairs = []
     for row in rows:
-        problem = problems.get(row["pid"])
-        if problem is None:
-            die(f"{args.samples}: {row['sid']}: no problem '{row['pid']}' in {args.problems}")
-        pairs.append((row["response"], problem["answer"]))
+        pairs.append((row["response"], problems[row["pid"]]["answer"]))
     verdicts = verify_many(pairs, workers=args.workers or None)
     verified = []
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -256,9 +277,9 @@ def status_of(row: dict, verdict) -> str:
     return verdict.status
 
 
-def report_verdicts(args, inputs, counts: Counter):
+def report_verdicts(args, inputs, counts: Counter, n_unreadable: int):
     """Print how many were judged how, and finish the sidecar. counts: (correct, status) -> rows."""
-    judged = {label: 0 for label in LABEL.values()}
+    judged = dict.fromkeys(LABEL.values(), 0)
     by_status = {}
     for (correct, status), count in counts.items():
         judged[LABEL[correct]] += count
@@ -275,7 +296,7 @@ def report_verdicts(args, inputs, counts: Counter):
         print(f"  {judged['unknown']:,} could not be judged (correct: null): "
               "they go into no training set")
     common.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
-                      status=dict(sorted(by_status.items())))
+                      unreadable_golds=n_unreadable, status=dict(sorted(by_status.items())))
 
 
 # ------------------------------------------------------------------------------------------- score
@@ -298,11 +319,14 @@ def score(args):
     dist = common.init_distributed()
     writes = dist.rank == 0
     directory = model_dir(args.model)
+    inputs = [args.samples, directory]
+    if writes:
+        common.claim_output(args.out, inputs)
     n_rows = check_lengths(args, load_config(directory))
     tokenizer = load_tokenizer(directory)
     done, out = {}, None
     if writes:
-        common.start_output(args.out, "scored", args, [args.samples])
+        common.start_output(args.out, "scored", args, inputs)
         done, out = common.append_jsonl(args.out, "sid")
     n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
     if done:
@@ -324,7 +348,7 @@ def score(args):
                 progress.update(len(work.block) - work.n_old)
     if writes:
         out.close()
-        report_scores(args)
+        report_scores(args, inputs)
 
 
 def rows_to_score(args):
@@ -332,7 +356,7 @@ def rows_to_score(args):
     fields = SAMPLE | VERDICT
     if args.ppl_context == "prompt":
         fields = fields | {"problem": str}
-    for row in common.read_jsonl(args.samples, fields):
+    for row in common.read_jsonl(args.samples, fields, key="sid"):
         if args.only in ("all", LABEL[row["correct"]]):
             yield row
 
@@ -377,7 +401,8 @@ def share_of_rank(block: list[dict], rank: int, world: int) -> list[int]:
 
         lengths  7 2 9 4 5   on 2 ranks   ->   rank 0: 9 5 2,  rank 1: 7 4
     """
-    order = sorted(range(len(block)), key=lambda i: (-len(block[i]["response"]), i))
+    lengths = np.array([len(row["response"]) for row in block])
+    order = np.argsort(-lengths, kind="stable").tolist()
     return order[rank::world]
 
 
@@ -401,9 +426,10 @@ def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray
         prompt = []
         if args.ppl_context == "prompt":
             prompt = render_prompt(tokenizer, row["problem"])
+        ids = (prompt + ids)[:args.max_score_tokens]
+        start = max(1, len(prompt))
         # An array takes 4 bytes a token, a list 36.
-        ids = np.array((prompt + ids)[:args.max_score_tokens], dtype=np.int32)
-        sequences.append((ids, max(1, len(prompt))))
+        sequences.append((np.array(ids, dtype=np.int32), start))
     return sequences
 
 
@@ -447,6 +473,7 @@ def packs_by_length(lengths, budget: int) -> list[list[int]]:
 def gathered(mine, work: Work, dist) -> tuple[list, list]:
     """This rank's NLL and counts [2, share] -> those of every row of the block, on all ranks."""
     result = torch.zeros(2, len(work.block), dtype=torch.float64)
+    # The rows of other ranks stay 0, so that the sum is the whole.
     result[:, work.share] = torch.from_numpy(np.stack(mine))
     result = result.to(dist.device)
     common.all_reduce_sum(result)
@@ -455,6 +482,7 @@ def gathered(mine, work: Work, dist) -> tuple[list, list]:
 
 
 def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
+    """nll_sum: of -log p (nats) over the n_scored tokens. Without any there is no perplexity."""
     if not math.isfinite(nll_sum):
         die(f"{row['sid']}: its log-probabilities are not finite; is {args.model} a whole model?")
     return {
@@ -467,20 +495,21 @@ def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
     }
 
 
-def report_scores(args):
+def report_scores(args, inputs):
     """Print the spread of the perplexities, and finish the sidecar."""
     columns = read_columns(args.out, seed=0)
     is_scored = ~np.isnan(columns.ppl)
+    spread = quantiles(columns.ppl[is_scored])
     n = len(columns.ppl)
     unscored = n - int(is_scored.sum())
-    spread = quantiles(columns.ppl[is_scored])
     print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than "
           f"2 tokens (ppl: null); perplexity quantiles {spread}")
-    common.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored,
+    common.write_meta(args.out, "scored", args, inputs, rows=n, unscored=unscored,
                       scorer=args.model, ppl_quantiles=spread)
 
 
 def quantiles(values) -> dict:
+    """{q: value}, rounded, for the sidecar and the terminal; {} of nothing."""
     if not len(values):
         return {}
     found = np.quantile(values, QUANTILES)
@@ -528,14 +557,9 @@ def read_columns(path, seed: int) -> Columns:
     columns = {}
     for name, code in COLUMN_TYPES.items():
         columns[name] = array.array(code)
-    sids = set()
     scorers = set()
     numbers = {}           # pid -> its number, in the order of the file
-    for offset, row in common.located_rows(path, SCORED):
-        sid = row["sid"]
-        if sid in sids:
-            die(f"{path}: sid {sid} occurs twice; every response needs its own")
-        sids.add(sid)
+    for offset, row in common.located_rows(path, SCORED, key="sid"):
         scorers.add((row.get("scorer"), row.get("ppl_context")))
         columns["offset"].append(offset)
         columns["query"].append(numbers.setdefault(row["pid"], len(numbers)))
@@ -543,12 +567,13 @@ def read_columns(path, seed: int) -> Columns:
         columns["truncated"].append(row["finish"] == "length")
         columns["ppl"].append(math.nan if row["ppl"] is None else row["ppl"])
         columns["n_tokens"].append(row["n_tokens"])
-        columns["tie"].append(random_number(seed, sid))
+        columns["tie"].append(random_number(seed, row["sid"]))
     arrays = {name: np.array(column) for name, column in columns.items()}
     return Columns(str(path), scorers, **arrays)
 
 
 def random_number(seed: int, sid: str) -> int:
+    """64 bits by which ties are broken and random picks are made."""
     digest = hashlib.blake2b(f"{seed}\x1f{sid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -584,7 +609,8 @@ def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     closed on both sides."""
     n_bins = len(edges) - 1
     index = np.searchsorted(edges, values, side="right") - 1
-    index[values == edges[-1]] = n_bins - 1
+    is_last = values == edges[-1]
+    index[is_last] = n_bins - 1
     inside = (values >= edges[0]) & (values <= edges[-1])
     return np.where(inside, index, -1)
 
@@ -601,6 +627,7 @@ def gaussian_targets(edges: np.ndarray, mu: float, sigma: float, n: int) -> np.n
     if density.sum() == 0:
         return np.zeros(len(centre), dtype=int)
     share = density / density.sum() * n
+
     target = np.floor(np.round(share, 9)).astype(int)
     # Bins at equal distance from mu have equal shares: rounded, the last bit does not rank them,
     # and the lower one goes first.
@@ -672,6 +699,7 @@ def bin_table(edges, target, candidates, picked) -> list[dict]:
 def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
     """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
     pool = candidates(columns)
+
     if args.arm == "sft":
         return uniform_sample(columns, pool, args), {}
     if args.arm == "sft_lp":
@@ -679,6 +707,7 @@ def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
         return lowest(columns, long_enough, columns.ppl, args.n_ce, args.cap), {}
     if args.arm == "longest":
         return lowest(columns, pool, -columns.n_tokens, args.n_ce, args.cap), {}
+
     picked, details = gaussian_guided_sampling(columns, pool, args)
     if args.arm == "length_matched":
         picked, length_bins = length_matched_sample(columns, pool, picked, args)
@@ -733,7 +762,8 @@ def gaussian_guided_sampling(columns: Columns, pool, args) -> tuple[np.ndarray, 
     # By bin, in each the longest first, ties at random (np.lexsort: the last key ranks first).
     longest_first = np.lexsort((columns.tie[pool], -columns.n_tokens[pool], bins[pool]))
     order = pool[longest_first]
-    picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
+    rounds = range(1, args.cap + 1)
+    picked = fill(order, bins, target, columns.query, rounds)
     table = bin_table(edges, target, bins[pool], bins[picked])
     return picked, {"mu": mu, "sigma": sigma, "bins": table}
 
@@ -797,10 +827,10 @@ def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarra
     bins = bin_of(lengths, edges)
     target = np.bincount(bins[like], minlength=n_bins)
     supply = np.bincount(bins[pool], minlength=n_bins)
-    scarcity = -(target / np.maximum(supply, 1))
+    scarcity = target / np.maximum(supply, 1)
     pool = pool[target[bins[pool]] > 0]
-    by_scarcity = np.lexsort((columns.tie[pool], bins[pool], scarcity[bins[pool]]))
-    order = pool[by_scarcity]
+    scarcest_first = -scarcity[bins[pool]]
+    order = pool[np.lexsort((columns.tie[pool], bins[pool], scarcest_first))]
     picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
     return picked, bin_table(edges, target, bins[pool], bins[picked])
 
@@ -814,6 +844,7 @@ def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
     }
     if args.truncated_ul == "drop":
         rules["truncated"] = columns.truncated == 1
+
     usable = (columns.correct == 0) & ~np.isnan(columns.ppl)
     dropped = {"too_long": 0, "below_floor": 0, "truncated": 0}
     for reason, applies in rules.items():      # each counts those that no earlier one has taken
@@ -830,6 +861,8 @@ def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
 def select(args):
     """scored -> the training set of one arm; its sidecar has what each bin was to get and got."""
     full = args.arm == "oxa_full"
+    inputs = [args.teacher, args.self_samples if full else None]
+    common.claim_output(args.out, inputs)
     teacher = read_columns(args.teacher, args.seed)
     own = read_columns(args.self_samples, args.seed) if full else None
     check_one_scorer(teacher, own)
@@ -865,17 +898,18 @@ def select(args):
         copy_rows(teacher, ce, "ce", file)
         if full:
             copy_rows(own, ul, "ul", file)
-    inputs = [args.teacher, args.self_samples if full else None]
     common.write_meta(args.out, "training", args, inputs, rows=len(ce) + len(ul), **sets, **details,
                       teacher=teacher.census(), self=own.census() if full else None)
 
 
 def print_census(columns: Columns):
+    """What there is to select from."""
     counted = [f"{n:,} {label}" for label, n in columns.census().items()]
     print(f"{columns.path}: " + ", ".join(counted))
 
 
 def check_one_scorer(teacher: Columns, own: Columns | None):
+    """Perplexities compare only under one model, given one context."""
     scorers = teacher.scorers
     if own:
         scorers = scorers | own.scorers
@@ -898,6 +932,7 @@ def summary(columns: Columns, picked, wanted: int) -> dict:
 
 
 def print_set(name: str, found: dict):
+    """A `summary` in one line."""
     line = f"{name}: {found['actual']:,} of {found['target']:,}"
     if found["shortage"]:
         line += f", SHORT BY {found['shortage']:,}"
@@ -911,10 +946,10 @@ def print_bins(details: dict, args):
     """The Gaussian, and the bins that have a target; nothing for an arm without bins."""
     if "mu" not in details:
         return
-    given = ""
+    quantile = ""
     if args.mu_quantile is not None:
-        given = f" (quantile {args.mu_quantile})"
-    print(f"Gaussian: mu {details['mu']:.4f}{given}, sigma {details['sigma']:g}")
+        quantile = f" (quantile {args.mu_quantile})"
+    print(f"Gaussian: mu {details['mu']:.4f}{quantile}, sigma {details['sigma']:g}")
     unit, bins = "perplexity", details.get("bins")
     if bins is None:
         unit, bins = "tokens", details["length_bins"]
@@ -1000,6 +1035,7 @@ def verdict_of(row: dict) -> str:
 
 def place_of(row: dict, edges) -> str:
     """Perplexity, and the paper's bin that it lies in."""
+    # A row of samples has no perplexity yet; null is one that could not be scored.
     ppl = row.get("ppl")
     if ppl is None:
         return "no perplexity"
@@ -1016,4 +1052,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
