@@ -175,8 +175,8 @@ def check_select_flags(args):
     if args.mu_quantile is not None and not 0 <= args.mu_quantile <= 1:
         die(f"--mu-quantile must lie in [0, 1], got {args.mu_quantile}")
     if args.range_quantiles:
-        ends = [0, *args.range_quantiles, 1]
-        if len(ends) != 4 or ends != sorted(ends):
+        low, high = args.range_quantiles[0], args.range_quantiles[-1]
+        if len(args.range_quantiles) != 2 or not 0 <= low < high <= 1:
             die("--range-quantiles must be two numbers in [0, 1], the lower one first; "
                 f"got {args.range_quantiles}")
     width = args.range_high - args.range_low
@@ -524,7 +524,7 @@ class Columns:
     """What selection needs of a scored file, an entry a row. The texts stay on disk, found again
     by `offset`."""
     path: str
-    scorers: set           # (scorer, ppl_context) of the rows
+    scorers: set           # "scorer (ppl_context)" of the rows
     offset: np.ndarray     # [R] where the row starts, bytes
     query: np.ndarray      # [R] number of its problem
     correct: np.ndarray    # [R] 1, 0, or -1: could not be judged
@@ -560,7 +560,7 @@ def read_columns(path, seed: int) -> Columns:
     scorers = set()
     numbers = {}           # pid -> its number, in the order of the file
     for offset, row in common.located_rows(path, SCORED, key="sid"):
-        scorers.add((row.get("scorer"), row.get("ppl_context")))
+        scorers.add(f"{row.get('scorer')} ({row.get('ppl_context')})")
         columns["offset"].append(offset)
         columns["query"].append(numbers.setdefault(row["pid"], len(numbers)))
         columns["correct"].append(CODE[row["correct"]])
@@ -622,8 +622,9 @@ def gaussian_targets(edges: np.ndarray, mu: float, sigma: float, n: int) -> np.n
     Rounded down; what is left of n goes to the bins with the largest fractions.
     """
     centre = (edges[:-1] + edges[1:]) / 2
-    deviation = (centre - mu) / sigma
-    density = np.exp(-0.5 * deviation ** 2)
+    with np.errstate(over="ignore"):           # of a tiny sigma: the density is 0 then
+        deviation = (centre - mu) / sigma
+        density = np.exp(-0.5 * deviation ** 2)
     if density.sum() == 0:
         return np.zeros(len(centre), dtype=int)
     share = density / density.sum() * n
@@ -710,6 +711,7 @@ def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
 
     picked, details = gaussian_guided_sampling(columns, pool, args)
     if args.arm == "length_matched":
+        # The control's own bins take the place of the Gaussian's, whose picks it imitates.
         picked, length_bins = length_matched_sample(columns, pool, picked, args)
         del details["bins"]
         details["length_bins"] = length_bins
@@ -850,6 +852,7 @@ def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
     for reason, applies in rules.items():      # each counts those that no earlier one has taken
         dropped[reason] = int((usable & applies).sum())
         usable &= ~applies
+
     pool = np.flatnonzero(usable)
     picked = lowest(columns, pool, columns.ppl, args.n_ul, args.ul_cap)
     return picked, {"dropped": dropped, "candidates": len(pool)}
@@ -915,7 +918,7 @@ def check_one_scorer(teacher: Columns, own: Columns | None):
         scorers = scorers | own.scorers
     if len(scorers) > 1:
         die("perplexities of different models or contexts are mixed: "
-            f"{sorted(map(str, scorers))}")
+            f"{', '.join(sorted(scorers))}; score all rows with one command")
 
 
 def summary(columns: Columns, picked, wanted: int) -> dict:
@@ -968,9 +971,10 @@ def copy_rows(columns: Columns, picked, objective: str, file):
             lines.seek(int(columns.offset[i]))
             row = json.loads(lines.readline())
             for name in ("problem", "response"):
-                if not isinstance(row.get(name), str):
-                    die(f"{columns.path}: {row['sid']}: field '{name}' is missing or no text; "
-                        "`verify` writes it")
+                text = row.get(name)
+                if not isinstance(text, str) or text == "":
+                    die(f"{columns.path}:{i + 1}: field '{name}' is missing, empty or no text; "
+                        "`verify` and `score` make the file anew")
             example = {
                 "sid": row["sid"],
                 "pid": row["pid"],
