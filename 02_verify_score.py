@@ -41,6 +41,7 @@ Shapes: R rows of a file, M of them candidates, S sequences, L tokens of one of 
 
 import common
 
+import argparse
 import array
 import dataclasses
 import hashlib
@@ -55,7 +56,7 @@ import torch
 from tqdm import tqdm
 
 from common import die
-from grading.verifier import verify_many
+from grading.verifier import unreadable_golds, verify_many
 from model import (check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
                    pack_sequences, render_prompt, token_logprobs)
 
@@ -69,6 +70,10 @@ SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bo
           "ppl": (float, int, type(None))}
 
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
+PAPER_BINS = 80                 # (5.0 - 1.0) / 0.05
+PAPER_SIGMA_SHARE = 0.0625      # 0.25 / (5.0 - 1.0)
+MOST_BINS = 100_000
+SHOWN_GOLDS = 20
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 # ----------------------------------------------------------------------------------- configuration
@@ -104,7 +109,7 @@ def parse_args(argv=None):
     p = common.add_command(commands, "select", "the examples that one arm trains on")
     p.add_argument("--arm", required=True, choices=ARMS)
     p.add_argument("--teacher", required=True, help="scored JSONL of teacher responses")
-    p.add_argument("--self", dest="self", default=None,
+    p.add_argument("--self", dest="self_samples", default=None,
                    help="scored JSONL of self-samples; needed by oxa_full only")
     p.add_argument("--out", required=True, help="training set JSONL")
     p.add_argument("--n-ce", type=int, default=50000, help="cross-entropy examples")
@@ -116,10 +121,19 @@ def parse_args(argv=None):
                         "inside the range")
     p.add_argument("--sigma", type=float, default=0.25,
                    help="width of the Gaussian, in perplexity")
+    p.add_argument("--sigma-share", type=float, default=None,
+                   help="instead of --sigma: as a share of the range (the paper's is 0.0625)")
     p.add_argument("--range-low", type=float, default=1.0, help="lowest perplexity of oxa_mle")
     p.add_argument("--range-high", type=float, default=5.0,
                    help="highest perplexity of oxa_mle, itself included")
+    p.add_argument("--range-quantiles", type=float, nargs="+", default=None, metavar="Q",
+                   help="instead of --range-low and --range-high: two quantiles of the correct "
+                        "responses' perplexities, e.g. 0.01 0.99. With --n-bins, --sigma-share and "
+                        "--mu-quantile one setting serves short and long responses")
     p.add_argument("--bin-width", type=float, default=0.05, help="in perplexity")
+    p.add_argument("--n-bins", type=int, default=None,
+                   help="instead of --bin-width: so many bins of equal width (the paper's are 80, "
+                        "which is the default with --range-quantiles)")
     p.add_argument("--cap", type=int, default=1,
                    help="cross-entropy examples per query, over all bins")
     p.add_argument("--min-tokens", type=int, default=0,
@@ -146,18 +160,33 @@ def parse_args(argv=None):
 
     args = common.parse_args(parser, argv=argv)
     common.check_range(args, block=1, n_ce=1, n_ul=1, cap=1, ul_cap=1, max_tokens_ul=1,
-                       max_score_tokens=1, token_budget=1, chars=1, workers=0, show=0, min_tokens=0)
+                       max_score_tokens=2, token_budget=1, chars=1, workers=0, show=0, min_tokens=0)
     if args.command == "select":
         check_select_flags(args)
     return args
 
 
 def check_select_flags(args):
-    if args.sigma <= 0:
-        die(f"--sigma must be positive, got {args.sigma}")
+    """The Gaussian's flags, before a file is read."""
+    for name in ("sigma", "sigma_share", "bin_width", "n_bins"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            die(f"--{name.replace('_', '-')} must be positive, got {value}")
     if args.mu_quantile is not None and not 0 <= args.mu_quantile <= 1:
         die(f"--mu-quantile must lie in [0, 1], got {args.mu_quantile}")
-    if args.arm == "oxa_full" and not args.self:
+    if args.range_quantiles:
+        low, high = args.range_quantiles[0], args.range_quantiles[-1]
+        if len(args.range_quantiles) != 2 or not 0 <= low < high <= 1:
+            die("--range-quantiles must be two numbers in [0, 1], the lower one first; "
+                f"got {args.range_quantiles}")
+    width = args.range_high - args.range_low
+    if width <= 0:
+        die(f"--range-low {args.range_low} is not below --range-high {args.range_high}")
+    n_bins = args.n_bins or width / args.bin_width
+    if n_bins > MOST_BINS:
+        die(f"the range [{args.range_low}, {args.range_high}] has {n_bins:,.0f} bins; "
+            f"at most {MOST_BINS:,} are reasonable: a larger --bin-width")
+    if args.arm == "oxa_full" and not args.self_samples:
         die("--arm oxa_full needs --self: the scored self-samples that unlikelihood is drawn from")
 
 
@@ -167,9 +196,10 @@ def check_select_flags(args):
 def verify(args):
     """samples -> verified: + predicted, correct, status, and the problem's text for later stages.
     """
-    problems = read_problems(args.problems)
     inputs = [args.samples, args.problems]
     common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block"))
+    problems = read_problems(args.problems)
+    n_unreadable = show_unreadable_golds(problems, args)
     done, out = common.append_jsonl(args.out, "sid")
     counts = Counter()
     if done:
@@ -177,7 +207,7 @@ def verify(args):
         for row in common.read_jsonl(args.out, VERDICT):
             counts[row["correct"], row["status"]] += 1
 
-    samples = common.read_jsonl(args.samples, SAMPLE)
+    samples = samples_of_problems(problems, args)
     progress = tqdm(desc="verify", unit=" responses", initial=len(done), mininterval=5)
     with out, progress:
         for block, n_old in common.unfinished_blocks(samples, done, len(done), args.block):
@@ -186,27 +216,46 @@ def verify(args):
                 out.write(row)
                 counts[row["correct"], row["status"]] += 1
             progress.update(len(new))
-    report_verdicts(args, inputs, counts)
+    report_verdicts(args, inputs, counts, n_unreadable)
 
 
 def read_problems(path) -> dict:
     """{pid: row of the problems file}"""
     problems = {}
-    for row in common.read_jsonl(path, PROBLEM):
-        if row["pid"] in problems:
-            die(f"{path}: pid {row['pid']} occurs twice")
+    for row in common.read_jsonl(path, PROBLEM, key="pid"):
         problems[row["pid"]] = row
     return problems
+
+
+def show_unreadable_golds(problems: dict, args) -> int:
+    """Before anything is graded: how many golds nothing can be judged against, and which."""
+    answers = [row["answer"] for row in problems.values()]
+    unreadable = unreadable_golds(answers, workers=args.workers or None)
+    if unreadable:
+        print(f"{args.problems}: the gold of {len(unreadable):,} of {len(problems):,} problems "
+              "cannot be read; a response to them that is not plainly right is unknown (null):")
+    for answer in unreadable[:SHOWN_GOLDS]:
+        print(common.printable(f"  {answer!r}")[:200])
+    if len(unreadable) > SHOWN_GOLDS:
+        print(f"  and {len(unreadable) - SHOWN_GOLDS:,} more")
+    return len(unreadable)
+
+
+def samples_of_problems(problems: dict, args):
+    """The rows of --samples, one by one; each must belong to a problem."""
+    samples = common.read_jsonl(args.samples, SAMPLE, key="sid")
+    for number, row in enumerate(samples, 1):
+        if row["pid"] not in problems:
+            die(f"{args.samples}:{number}: no problem '{row['pid']}' in {args.problems}; "
+                "the two files must be of one import")
+        yield row
 
 
 def graded(rows: list[dict], problems: dict, args) -> list[dict]:
     """Sampled rows -> verified rows."""
     pairs = []
     for row in rows:
-        problem = problems.get(row["pid"])
-        if problem is None:
-            die(f"{args.samples}: {row['sid']}: no problem '{row['pid']}' in {args.problems}")
-        pairs.append((row["response"], problem["answer"]))
+        pairs.append((row["response"], problems[row["pid"]]["answer"]))
     verdicts = verify_many(pairs, workers=args.workers or None)
     verified = []
     for row, verdict in zip(rows, verdicts, strict=True):
@@ -228,9 +277,9 @@ def status_of(row: dict, verdict) -> str:
     return verdict.status
 
 
-def report_verdicts(args, inputs, counts: Counter):
+def report_verdicts(args, inputs, counts: Counter, n_unreadable: int):
     """Print how many were judged how, and finish the sidecar. counts: (correct, status) -> rows."""
-    judged = {label: 0 for label in LABEL.values()}
+    judged = dict.fromkeys(LABEL.values(), 0)
     by_status = {}
     for (correct, status), count in counts.items():
         judged[LABEL[correct]] += count
@@ -247,7 +296,7 @@ def report_verdicts(args, inputs, counts: Counter):
         print(f"  {judged['unknown']:,} could not be judged (correct: null): "
               "they go into no training set")
     common.write_meta(args.out, "verified", args, inputs, rows=n, **judged,
-                      status=dict(sorted(by_status.items())))
+                      unreadable_golds=n_unreadable, status=dict(sorted(by_status.items())))
 
 
 # ------------------------------------------------------------------------------------------- score
@@ -270,11 +319,14 @@ def score(args):
     dist = common.init_distributed()
     writes = dist.rank == 0
     directory = model_dir(args.model)
+    inputs = [args.samples, directory]
+    if writes:
+        common.claim_output(args.out, inputs)
     n_rows = check_lengths(args, load_config(directory))
     tokenizer = load_tokenizer(directory)
     done, out = {}, None
     if writes:
-        common.start_output(args.out, "scored", args, [args.samples])
+        common.start_output(args.out, "scored", args, inputs)
         done, out = common.append_jsonl(args.out, "sid")
     n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
     if done:
@@ -296,7 +348,7 @@ def score(args):
                 progress.update(len(work.block) - work.n_old)
     if writes:
         out.close()
-        report_scores(args)
+        report_scores(args, inputs)
 
 
 def rows_to_score(args):
@@ -304,7 +356,7 @@ def rows_to_score(args):
     fields = SAMPLE | VERDICT
     if args.ppl_context == "prompt":
         fields = fields | {"problem": str}
-    for row in common.read_jsonl(args.samples, fields):
+    for row in common.read_jsonl(args.samples, fields, key="sid"):
         if args.only in ("all", LABEL[row["correct"]]):
             yield row
 
@@ -349,7 +401,8 @@ def share_of_rank(block: list[dict], rank: int, world: int) -> list[int]:
 
         lengths  7 2 9 4 5   on 2 ranks   ->   rank 0: 9 5 2,  rank 1: 7 4
     """
-    order = sorted(range(len(block)), key=lambda i: (-len(block[i]["response"]), i))
+    lengths = np.array([len(row["response"]) for row in block])
+    order = np.argsort(-lengths, kind="stable").tolist()
     return order[rank::world]
 
 
@@ -373,9 +426,10 @@ def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray
         prompt = []
         if args.ppl_context == "prompt":
             prompt = render_prompt(tokenizer, row["problem"])
+        ids = (prompt + ids)[:args.max_score_tokens]
+        start = max(1, len(prompt))
         # An array takes 4 bytes a token, a list 36.
-        ids = np.array((prompt + ids)[:args.max_score_tokens], dtype=np.int32)
-        sequences.append((ids, max(1, len(prompt))))
+        sequences.append((np.array(ids, dtype=np.int32), start))
     return sequences
 
 
@@ -419,6 +473,7 @@ def packs_by_length(lengths, budget: int) -> list[list[int]]:
 def gathered(mine, work: Work, dist) -> tuple[list, list]:
     """This rank's NLL and counts [2, share] -> those of every row of the block, on all ranks."""
     result = torch.zeros(2, len(work.block), dtype=torch.float64)
+    # The rows of other ranks stay 0, so that the sum is the whole.
     result[:, work.share] = torch.from_numpy(np.stack(mine))
     result = result.to(dist.device)
     common.all_reduce_sum(result)
@@ -427,6 +482,7 @@ def gathered(mine, work: Work, dist) -> tuple[list, list]:
 
 
 def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
+    """nll_sum: of -log p (nats) over the n_scored tokens. Without any there is no perplexity."""
     if not math.isfinite(nll_sum):
         die(f"{row['sid']}: its log-probabilities are not finite; is {args.model} a whole model?")
     return {
@@ -439,20 +495,21 @@ def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
     }
 
 
-def report_scores(args):
+def report_scores(args, inputs):
     """Print the spread of the perplexities, and finish the sidecar."""
     columns = read_columns(args.out, seed=0)
     is_scored = ~np.isnan(columns.ppl)
+    spread = quantiles(columns.ppl[is_scored])
     n = len(columns.ppl)
     unscored = n - int(is_scored.sum())
-    spread = quantiles(columns.ppl[is_scored])
     print(f"{args.out}: {n:,} rows ({args.only} of {args.samples}), {unscored:,} with fewer than "
           f"2 tokens (ppl: null); perplexity quantiles {spread}")
-    common.write_meta(args.out, "scored", args, [args.samples], rows=n, unscored=unscored,
+    common.write_meta(args.out, "scored", args, inputs, rows=n, unscored=unscored,
                       scorer=args.model, ppl_quantiles=spread)
 
 
 def quantiles(values) -> dict:
+    """{q: value}, rounded, for the sidecar and the terminal; {} of nothing."""
     if not len(values):
         return {}
     found = np.quantile(values, QUANTILES)
@@ -467,7 +524,7 @@ class Columns:
     """What selection needs of a scored file, an entry a row. The texts stay on disk, found again
     by `offset`."""
     path: str
-    scorers: set           # (scorer, ppl_context) of the rows
+    scorers: set           # "scorer (ppl_context)" of the rows
     offset: np.ndarray     # [R] where the row starts, bytes
     query: np.ndarray      # [R] number of its problem
     correct: np.ndarray    # [R] 1, 0, or -1: could not be judged
@@ -497,28 +554,26 @@ COLUMN_TYPES = {"offset": "q", "query": "q", "correct": "b", "truncated": "b", "
 
 def read_columns(path, seed: int) -> Columns:
     """One pass over a scored file. Its memory grows with the rows, not with their text."""
-    columns = {name: array.array(code) for name, code in COLUMN_TYPES.items()}
-    sids = set()
+    columns = {}
+    for name, code in COLUMN_TYPES.items():
+        columns[name] = array.array(code)
     scorers = set()
     numbers = {}           # pid -> its number, in the order of the file
-    for offset, row in common.located_rows(path, SCORED):
-        sid = row["sid"]
-        if sid in sids:
-            die(f"{path}: sid {sid} occurs twice; every response needs its own")
-        sids.add(sid)
-        scorers.add((row.get("scorer"), row.get("ppl_context")))
+    for offset, row in common.located_rows(path, SCORED, key="sid"):
+        scorers.add(f"{row.get('scorer')} ({row.get('ppl_context')})")
         columns["offset"].append(offset)
         columns["query"].append(numbers.setdefault(row["pid"], len(numbers)))
         columns["correct"].append(CODE[row["correct"]])
         columns["truncated"].append(row["finish"] == "length")
         columns["ppl"].append(math.nan if row["ppl"] is None else row["ppl"])
         columns["n_tokens"].append(row["n_tokens"])
-        columns["tie"].append(random_number(seed, sid))
+        columns["tie"].append(random_number(seed, row["sid"]))
     arrays = {name: np.array(column) for name, column in columns.items()}
     return Columns(str(path), scorers, **arrays)
 
 
 def random_number(seed: int, sid: str) -> int:
+    """64 bits by which ties are broken and random picks are made."""
     digest = hashlib.blake2b(f"{seed}\x1f{sid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -528,12 +583,25 @@ def random_number(seed: int, sid: str) -> int:
 
 def bin_edges(low: float, high: float, width: float) -> np.ndarray:
     """[n_bins + 1] edges, exact to ten decimals: 1.15 lies in [1.15, 1.20), as it reads."""
-    n_bins = round((high - low) / width) if width > 0 else 0
+    n_bins = round((high - low) / width)
     remainder = (high - low) - n_bins * width
     if n_bins < 1 or abs(remainder) > 1e-9:
-        die(f"the range [{low}, {high}] is not a whole number of bins of width {width}")
+        die(f"the range [{low}, {high}] is not a whole number of bins of width {width}; "
+            "--n-bins cuts any range")
     edges = low + width * np.arange(n_bins + 1)
     return np.round(edges, 10)
+
+
+def perplexity_edges(ppl: np.ndarray, args) -> np.ndarray:
+    """[n_bins + 1] edges that the flags ask for; ppl [M]: perplexities of the candidates."""
+    low, high = args.range_low, args.range_high
+    if args.range_quantiles:
+        low, high = np.quantile(ppl, args.range_quantiles).tolist()
+        if not low < high:
+            die(f"--range-quantiles {args.range_quantiles}: both are a perplexity of {low}")
+    elif args.n_bins is None:
+        return bin_edges(low, high, args.bin_width)
+    return np.linspace(low, high, (args.n_bins or PAPER_BINS) + 1)
 
 
 def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -541,23 +609,26 @@ def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     closed on both sides."""
     n_bins = len(edges) - 1
     index = np.searchsorted(edges, values, side="right") - 1
-    index[values == edges[-1]] = n_bins - 1
+    is_last = values == edges[-1]
+    index[is_last] = n_bins - 1
     inside = (values >= edges[0]) & (values <= edges[-1])
     return np.where(inside, index, -1)
 
 
 def gaussian_targets(edges: np.ndarray, mu: float, sigma: float, n: int) -> np.ndarray:
-    """[n_bins] counts that sum to n, in proportion to the normal density at the bins' centres.
+    """[n_bins] counts that sum to n, in proportion to the normal density at the bins' centres; all
+    0 if the Gaussian lies so far outside the range that its density vanishes there.
 
     Rounded down; what is left of n goes to the bins with the largest fractions.
     """
     centre = (edges[:-1] + edges[1:]) / 2
-    deviation = (centre - mu) / sigma
-    density = np.exp(-0.5 * deviation ** 2)
-    if not density.sum() > 0:
-        die(f"no part of the Gaussian (mu {mu}, sigma {sigma}) lies in the range "
-            f"[{edges[0]}, {edges[-1]}]")
+    with np.errstate(over="ignore"):           # of a tiny sigma: the density is 0 then
+        deviation = (centre - mu) / sigma
+        density = np.exp(-0.5 * deviation ** 2)
+    if density.sum() == 0:
+        return np.zeros(len(centre), dtype=int)
     share = density / density.sum() * n
+
     target = np.floor(np.round(share, 9)).astype(int)
     # Bins at equal distance from mu have equal shares: rounded, the last bit does not rank them,
     # and the lower one goes first.
@@ -628,9 +699,8 @@ def bin_table(edges, target, candidates, picked) -> list[dict]:
 
 def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
     """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
-    pool = np.flatnonzero((columns.correct == 1) & ~np.isnan(columns.ppl))
-    if not len(pool):
-        die(f"{columns.path}: no row is verified correct and scored; nothing to select from")
+    pool = candidates(columns)
+
     if args.arm == "sft":
         return uniform_sample(columns, pool, args), {}
     if args.arm == "sft_lp":
@@ -638,11 +708,22 @@ def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
         return lowest(columns, long_enough, columns.ppl, args.n_ce, args.cap), {}
     if args.arm == "longest":
         return lowest(columns, pool, -columns.n_tokens, args.n_ce, args.cap), {}
+
     picked, details = gaussian_guided_sampling(columns, pool, args)
     if args.arm == "length_matched":
+        # The control's own bins take the place of the Gaussian's, whose picks it imitates.
         picked, length_bins = length_matched_sample(columns, pool, picked, args)
-        details = {"mu": details["mu"], "length_bins": length_bins}
+        del details["bins"]
+        details["length_bins"] = length_bins
     return picked, details
+
+
+def candidates(columns: Columns) -> np.ndarray:
+    """The rows that cross entropy may train on: [M], of the rows R."""
+    pool = np.flatnonzero((columns.correct == 1) & ~np.isnan(columns.ppl))
+    if not len(pool):
+        die(f"{columns.path}: no row is verified correct and scored; nothing to select from")
+    return pool
 
 
 def uniform_sample(columns: Columns, pool, args) -> np.ndarray:
@@ -671,21 +752,67 @@ def gaussian_guided_sampling(columns: Columns, pool, args) -> tuple[np.ndarray, 
     a bin gives its longest first. In rounds, so that no query has a second response before every
     query that can has one.
     """
-    edges = bin_edges(args.range_low, args.range_high, args.bin_width)
+    edges = perplexity_edges(columns.ppl[pool], args)
     bins = bin_of(columns.ppl, edges)
     pool = pool[bins[pool] >= 0]
-    if not len(pool):
-        die(f"{columns.path}: no correct response has a perplexity in "
-            f"[{args.range_low}, {args.range_high}]")
-    mu = args.mu
-    if args.mu_quantile is not None:
+    mu, sigma = args.mu, args.sigma
+    if args.mu_quantile is not None and len(pool):
         mu = float(np.quantile(columns.ppl[pool], args.mu_quantile))
-    target = gaussian_targets(edges, mu, args.sigma, args.n_ce)
+    if args.sigma_share is not None:
+        sigma = float(args.sigma_share * (edges[-1] - edges[0]))
+    target = gaussian_targets(edges, mu, sigma, args.n_ce)
     # By bin, in each the longest first, ties at random (np.lexsort: the last key ranks first).
     longest_first = np.lexsort((columns.tie[pool], -columns.n_tokens[pool], bins[pool]))
     order = pool[longest_first]
-    picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
-    return picked, {"mu": mu, "bins": bin_table(edges, target, bins[pool], bins[picked])}
+    rounds = range(1, args.cap + 1)
+    picked = fill(order, bins, target, columns.query, rounds)
+    table = bin_table(edges, target, bins[pool], bins[picked])
+    return picked, {"mu": mu, "sigma": sigma, "bins": table}
+
+
+def gaussian_advice(columns: Columns, n_picked: int, mu: float, args) -> str:
+    """For a Gaussian that came up short: where the perplexities lie, and which flags pick more.
+
+    Tried out are other centres, in the range as it is and in one that holds 98 % of the responses,
+    with the paper's proportions of bins and width.
+    """
+    pool = candidates(columns)
+    ppl = columns.ppl[pool]
+    low, middle, high = np.quantile(ppl, (0.01, 0.5, 0.99)).tolist()
+    text = (f"98 % of the {len(pool):,} correct responses have perplexities from {low:.4g} to "
+            f"{high:.4g}, half of them below {middle:.4g}")
+    low = math.floor(low * 100) / 100
+    high = math.ceil(high * 100) / 100
+    wider = {"range_quantiles": None, "range_low": low, "range_high": high, "n_bins": PAPER_BINS,
+             "sigma_share": PAPER_SIGMA_SHARE}
+    named = (f"--range-low {low} --range-high {high} --n-bins {PAPER_BINS} "
+             f"--sigma-share {PAPER_SIGMA_SHARE} ")
+    settings = [("", {})]
+    if low < high:
+        settings.append((named, wider))
+    for flags, values in settings:
+        quantile, n = best_mu_quantile(columns, pool, mu, with_flags(args, **values))
+        if n > n_picked:
+            text += f"; {flags}--mu-quantile {quantile} would pick {n:,} of {args.n_ce:,}"
+    n_queries = len(np.unique(columns.query[pool]))
+    most = f"{n_queries:,} queries x --cap {args.cap}"
+    return f"{text}; no setting picks more than {most}"
+
+
+def best_mu_quantile(columns: Columns, pool, mu: float, args) -> tuple[float, int]:
+    """The --mu-quantile that picks the most, of several the nearest to the perplexity `mu`, and how
+    many it picks."""
+    tried = []
+    for quantile in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+        trial = with_flags(args, mu_quantile=quantile)
+        picked, details = gaussian_guided_sampling(columns, pool, trial)
+        tried.append((-len(picked), abs(details["mu"] - mu), quantile))
+    minus_n, _, quantile = min(tried)
+    return quantile, -minus_n
+
+
+def with_flags(args, **flags):
+    return argparse.Namespace(**(vars(args) | flags))
 
 
 def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarray, list[dict]]:
@@ -702,10 +829,10 @@ def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarra
     bins = bin_of(lengths, edges)
     target = np.bincount(bins[like], minlength=n_bins)
     supply = np.bincount(bins[pool], minlength=n_bins)
-    scarcity = -(target / np.maximum(supply, 1))
+    scarcity = target / np.maximum(supply, 1)
     pool = pool[target[bins[pool]] > 0]
-    by_scarcity = np.lexsort((columns.tie[pool], bins[pool], scarcity[bins[pool]]))
-    order = pool[by_scarcity]
+    scarcest_first = -scarcity[bins[pool]]
+    order = pool[np.lexsort((columns.tie[pool], bins[pool], scarcest_first))]
     picked = fill(order, bins, target, columns.query, rounds=range(1, args.cap + 1))
     return picked, bin_table(edges, target, bins[pool], bins[picked])
 
@@ -713,20 +840,20 @@ def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarra
 def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
     """High-confidence errors (docs/PAPER.md): wrong self-samples above the perplexity floor, per
     query the most likely ones, of those the most likely of all."""
-    # Each reason to leave a wrong response out counts those that no earlier one has taken.
-    wrong = (columns.correct == 0) & ~np.isnan(columns.ppl)
-    too_long = wrong & (columns.n_tokens > args.max_tokens_ul)
-    below_floor = wrong & ~too_long & (columns.ppl < args.min_ppl_ul)
-    cut = wrong & ~too_long & ~below_floor & (columns.truncated == 1)
-    if args.truncated_ul == "keep":
-        cut = np.zeros_like(cut)
-    usable = wrong & ~too_long & ~below_floor & ~cut
-    pool = np.flatnonzero(usable)
-    dropped = {
-        "too_long": int(too_long.sum()),
-        "below_floor": int(below_floor.sum()),
-        "truncated": int(cut.sum()),
+    rules = {
+        "too_long": columns.n_tokens > args.max_tokens_ul,
+        "below_floor": columns.ppl < args.min_ppl_ul,
     }
+    if args.truncated_ul == "drop":
+        rules["truncated"] = columns.truncated == 1
+
+    usable = (columns.correct == 0) & ~np.isnan(columns.ppl)
+    dropped = {"too_long": 0, "below_floor": 0, "truncated": 0}
+    for reason, applies in rules.items():      # each counts those that no earlier one has taken
+        dropped[reason] = int((usable & applies).sum())
+        usable &= ~applies
+
+    pool = np.flatnonzero(usable)
     picked = lowest(columns, pool, columns.ppl, args.n_ul, args.ul_cap)
     return picked, {"dropped": dropped, "candidates": len(pool)}
 
@@ -737,8 +864,10 @@ def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
 def select(args):
     """scored -> the training set of one arm; its sidecar has what each bin was to get and got."""
     full = args.arm == "oxa_full"
+    inputs = [args.teacher, args.self_samples if full else None]
+    common.claim_output(args.out, inputs)
     teacher = read_columns(args.teacher, args.seed)
-    own = read_columns(args.self, args.seed) if full else None
+    own = read_columns(args.self_samples, args.seed) if full else None
     check_one_scorer(teacher, own)
     print_census(teacher)
     if full:
@@ -747,8 +876,13 @@ def select(args):
     # The cross-entropy set
     ce, details = select_ce(teacher, args)
     if not len(ce):
-        die(f"{args.teacher}: no response is left for --arm {args.arm} with these limits")
+        where = ""
+        if "mu" in details:
+            where = f": {gaussian_advice(teacher, 0, details['mu'], args)}"
+        die(f"{args.teacher}: no response is left for --arm {args.arm} with these limits{where}")
     print_bins(details, args)
+    if "mu" in details and len(ce) < args.n_ce:
+        print(f"SHORT: {gaussian_advice(teacher, len(ce), details['mu'], args)}")
     sets = {"ce": summary(teacher, ce, args.n_ce)}
     print_set("cross-entropy", sets["ce"])
 
@@ -757,8 +891,8 @@ def select(args):
     if full:
         ul, ul_details = select_ul(own, args)
         if not len(ul):
-            die(f"{args.self}: no wrong self-sample is left for unlikelihood with these limits "
-                f"({ul_details})")
+            die(f"{args.self_samples}: no wrong self-sample is left for unlikelihood with these "
+                f"limits ({ul_details})")
         sets["ul"] = summary(own, ul, args.n_ul) | ul_details
         print_set("unlikelihood", sets["ul"])
         print(f"  {ul_details['candidates']:,} candidates; dropped: {ul_details['dropped']}")
@@ -767,23 +901,24 @@ def select(args):
         copy_rows(teacher, ce, "ce", file)
         if full:
             copy_rows(own, ul, "ul", file)
-    inputs = [args.teacher, args.self if full else None]
     common.write_meta(args.out, "training", args, inputs, rows=len(ce) + len(ul), **sets, **details,
                       teacher=teacher.census(), self=own.census() if full else None)
 
 
 def print_census(columns: Columns):
+    """What there is to select from."""
     counted = [f"{n:,} {label}" for label, n in columns.census().items()]
     print(f"{columns.path}: " + ", ".join(counted))
 
 
 def check_one_scorer(teacher: Columns, own: Columns | None):
+    """Perplexities compare only under one model, given one context."""
     scorers = teacher.scorers
     if own:
         scorers = scorers | own.scorers
     if len(scorers) > 1:
         die("perplexities of different models or contexts are mixed: "
-            f"{sorted(map(str, scorers))}")
+            f"{', '.join(sorted(scorers))}; score all rows with one command")
 
 
 def summary(columns: Columns, picked, wanted: int) -> dict:
@@ -800,6 +935,7 @@ def summary(columns: Columns, picked, wanted: int) -> dict:
 
 
 def print_set(name: str, found: dict):
+    """A `summary` in one line."""
     line = f"{name}: {found['actual']:,} of {found['target']:,}"
     if found["shortage"]:
         line += f", SHORT BY {found['shortage']:,}"
@@ -813,10 +949,10 @@ def print_bins(details: dict, args):
     """The Gaussian, and the bins that have a target; nothing for an arm without bins."""
     if "mu" not in details:
         return
-    given = ""
+    quantile = ""
     if args.mu_quantile is not None:
-        given = f" (quantile {args.mu_quantile})"
-    print(f"Gaussian: mu {details['mu']:.4f}{given}, sigma {args.sigma}")
+        quantile = f" (quantile {args.mu_quantile})"
+    print(f"Gaussian: mu {details['mu']:.4f}{quantile}, sigma {details['sigma']:g}")
     unit, bins = "perplexity", details.get("bins")
     if bins is None:
         unit, bins = "tokens", details["length_bins"]
@@ -835,9 +971,10 @@ def copy_rows(columns: Columns, picked, objective: str, file):
             lines.seek(int(columns.offset[i]))
             row = json.loads(lines.readline())
             for name in ("problem", "response"):
-                if not isinstance(row.get(name), str):
-                    die(f"{columns.path}: {row['sid']}: field '{name}' is missing or no text; "
-                        "`verify` writes it")
+                text = row.get(name)
+                if not isinstance(text, str) or text == "":
+                    die(f"{columns.path}:{i + 1}: field '{name}' is missing, empty or no text; "
+                        "`verify` and `score` make the file anew")
             example = {
                 "sid": row["sid"],
                 "pid": row["pid"],
@@ -860,8 +997,14 @@ def show(args):
         die(f"{args.samples}: no such row")
     edges = bin_edges(1.0, 5.0, 0.05)
     for row in rows:
-        facts = (row["sid"], row.get("objective"), verdict_of(row), place_of(row, edges),
-                 f"{row.get('n_tokens')} tokens", row.get("finish"))
+        facts = (
+            row["sid"],
+            row.get("objective"),
+            verdict_of(row),
+            place_of(row, edges),
+            f"{row.get('n_tokens')} tokens",
+            row.get("finish"),
+        )
         common.print_row(facts, row.get("problem", ""), row["response"], args.chars)
     print("=" * 100)
     print(f"{len(rows)} of {n_match:,} rows of {args.samples}")
@@ -896,6 +1039,7 @@ def verdict_of(row: dict) -> str:
 
 def place_of(row: dict, edges) -> str:
     """Perplexity, and the paper's bin that it lies in."""
+    # A row of samples has no perplexity yet; null is one that could not be scored.
     ppl = row.get("ppl")
     if ppl is None:
         return "no perplexity"
@@ -912,4 +1056,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -188,7 +188,7 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     parts = report.explanation(run, figures)
     files = [Path(f["file"]).name for s in sections.values() for f in s["figures"]]
     assert sorted(files) == ["ablation_cap.png", "ablation_mu_quantile.png", "choice.png", "choice_contrast.png", "entropy.png"]
-    assert sum(part.startswith("![") for part in parts) == 5 and all((figures / name).exists() for name in files)
+    assert sum(part.startswith("![") for part in parts) == 5 and all((figures / f"explain_{name}").exists() for name in files)
 
 
 def test_one_seed_and_no_ablations(tmp_path, model, capsys):

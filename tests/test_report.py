@@ -208,8 +208,8 @@ def test_contrast_and_explanation(run, tmp_path):
     picture.write_bytes(b"a picture")
     report.main([str(tmp_path / "hard"), "--contrast", str(tmp_path / "easy"), "--k", "4"])
     text = text_of(tmp_path / "hard")
-    assert "### Which strategies" in text and "| sft | 0.250" in text and "(figures/styles.png)" in text
-    assert (tmp_path / "hard" / "report" / "figures" / "styles.png").read_bytes() == b"a picture"
+    assert "### Which strategies" in text and "| sft | 0.250" in text and "(figures/explain_styles.png)" in text
+    assert (tmp_path / "hard" / "report" / "figures" / "explain_styles.png").read_bytes() == b"a picture"
     contrast = text.split("## The contrast: easy")[1].split("## Arms")[0]
     row = next(line for line in contrast.splitlines() if line.startswith("| C1"))
     assert "oxa_mle − sft" in row and "not reproduced" in row and "oxa_full" not in contrast and "Pass@4" in contrast
@@ -270,6 +270,62 @@ def test_entropy_of_the_trainers_first_step_stands_beside_c3(run):
     assert other["claims"]["C3"]["at_rl_step_1"] is None, "no RLVR of oxa_mle, so nothing beside"
 
 
+HOSTILE = "<img src=x onerror=alert(1)> [a](http://b) | c `d` \n# e \x1b[31m ~~f~~ **g**"
+
+
+def test_names_and_captions_are_shown_as_text(tmp_path):
+    arm = "x<b>[y](z)|$q$"                                # a directory may have such a name
+    write_run(tmp_path / "<i>run", (0,), ("sft", "oxa_full"), ())
+    shutil.copytree(tmp_path / "<i>run/seed-0/sft", tmp_path / "<i>run/seed-0" / arm)
+    (tmp_path / "<i>run" / "a.png").write_bytes(b"1")
+    (tmp_path / "<i>run" / "explain.json").write_text(json.dumps([
+        {"title": HOSTILE, "text": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "figures": [{"file": "a.png", "caption": HOSTILE}]}]))
+    report.main([str(tmp_path / "<i>run")])
+    text = text_of(tmp_path / "<i>run")
+    assert not re.search(r"(?<!\\)<(?!think)", text), "no tag"
+    assert not re.search(r"(?<!\\)\]\(http", text) and "\x1b" not in text and "\n# e" not in text
+    assert not re.search(r"(?<!\\)\*\*g", text) and "`d`" in text, "code stays code"
+    cells = next(line for line in text.splitlines() if line.startswith("| x"))
+    assert len(re.findall(r"(?<!\\)\|", cells)) == 9, "eight cells"
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/hostname", "link.png", "seed-0/sft/train.jsonl", "missing.png", "."])
+def test_explain_json_names_no_file_outside_its_folder(tmp_path, capsys, name):
+    write_run(tmp_path / "run", (0,), ("sft",), ())
+    (tmp_path / "outside.png").write_bytes(b"1")
+    (tmp_path / "run" / "link.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "run" / "explain.json").write_text(json.dumps([{"title": "t", "figures": [{"file": name, "caption": "c"}]}]))
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / "run")])
+    assert stop.value.code == 2 and "explain.json names the figure" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "report" / "figures").glob("explain_*"))
+
+
+@pytest.mark.parametrize("content", ["{", "3", "[3]", "[{}]", '[{"title": 1}]', '[{"title": "t", "columns": ["a"], "rows": [[1, 2]]}]',
+                                     '[{"title": "t", "figures": [{"file": "a.png"}]}]'])
+def test_explain_json_of_another_form_is_refused(tmp_path, capsys, content):
+    write_run(tmp_path, (0,), ("sft",), ())
+    (tmp_path / "explain.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "explain.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"n": 0}, "0 samples are right"), ({"n_correct": 9}, "9 of 8 samples are right"), ({"n_correct": -1}, "-1 of 8"),
+    ({"n_correct": "3"}, "field 'n_correct' is str"), ({"pid": ""}, "field 'pid'"), ({"entropy": "x"}, "field 'entropy'"),
+    ({"pid": "id-1"}, "occurs twice"), ({"entropy": float("nan")}, "not valid JSON")])
+def test_bad_problem_tables_are_refused_by_file_and_line(tmp_path, capsys, change, sentence):
+    write_run(tmp_path, (0,), ("sft",), ())
+    path = tmp_path / "seed-0" / "sft" / "eval" / "id.problems.jsonl"
+    rows = list(common.read_jsonl(path))
+    write_rows(path, rows[:2] + [{**rows[2], **change}])
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "id.problems.jsonl:3: " in message and sentence in message
+
+
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path)])
@@ -280,3 +336,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path)])
     assert stop.value.code == 2 and "different problems" in capsys.readouterr().err
+    for text in ("{", "[]", '{"grader": "g"}'):
+        (tmp_path / "seed-0" / "sft" / "eval" / "results.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(tmp_path)])
+        assert stop.value.code == 2 and "results.json: " in capsys.readouterr().err

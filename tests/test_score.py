@@ -135,7 +135,10 @@ def test_an_answer_that_cannot_be_read_is_unknown_and_not_wrong(world, tmp_path,
     stage.main(["verify", "--samples", f"{world}/samples.jsonl", "--problems", str(tmp_path / "p.jsonl"), "--out", str(out)])
     rows = list(common.read_jsonl(out))
     assert {r["correct"] for r in rows if r["predicted"] is not None} == {None}
-    assert "could not be judged (correct: null)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "could not be judged (correct: null)" in printed
+    assert "the gold of 9 of 9 problems cannot be read" in printed and printed.index("unreadable{") < printed.index("responses:")
+    assert common.read_meta(out)["unreadable_golds"] == 9
     assert common.read_meta(out)["unknown"] == sum(r["correct"] is None for r in rows) > 0
 
 
@@ -183,7 +186,7 @@ def test_outputs_of_other_settings_or_inputs_are_not_mixed(world, tmp_path, caps
 def test_verify_refuses_what_it_cannot_judge(world, tmp_path, capsys):
     lines = (world / "problems.jsonl").read_text().splitlines(keepends=True)
     base = ["verify", "--samples", world / "samples.jsonl", "--out", tmp_path / "v.jsonl", "--problems"]
-    for name, text, message in (("few", "".join(lines[:3]), "no problem 'p3'"), ("twice", "".join(lines + lines[:1]), "occurs twice"),
+    for name, text, message in (("few", "".join(lines[:3]), "samples.jsonl:4: no problem 'p3'"), ("twice", "".join(lines + lines[:1]), "occurs twice"),
                                 ("none", "", "is empty"), ("number", lines[0].replace('["1", "none"]', "1"), "'answer'")):
         (tmp_path / name).write_text(text)
         assert message in refused(capsys, *base, tmp_path / name)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import re
 import tracemalloc
 from collections import Counter, defaultdict
 from decimal import Decimal
@@ -46,7 +47,8 @@ def run(tmp_path, arm, teacher, own=None, **flags):
     if own:
         argv += ["--self", str(write(tmp_path / "self.jsonl", own))]
     for name, value in flags.items():
-        argv += ["--" + name.replace("_", "-"), str(value)]
+        values = value if isinstance(value, tuple) else (value,)
+        argv += ["--" + name.replace("_", "-"), *map(str, values)]
     stage.main(argv)
     return list(common.read_jsonl(out)), common.read_meta(out)
 
@@ -147,6 +149,45 @@ def test_mu_by_quantile(tmp_path):
     assert meta["mu"] == pytest.approx(np.quantile(inside, 0.7), abs=1e-12)
 
 
+BY_QUANTILES = {"mu_quantile": 0.7, "sigma_share": 0.08, "n_bins": 40}
+
+
+@pytest.mark.parametrize("scale,shift", [(16, 3), (0.25, 1.5)])
+def test_one_setting_by_quantiles_serves_perplexities_of_any_scale(tmp_path, scale, shift):
+    """Perplexities stretched and moved by powers of two, so that nothing is rounded: the same responses are picked."""
+    rows = [{**r, "ppl": r["ppl"] and round(r["ppl"] * 64) / 64} for r in scored_rows(100, 6, 3)]
+    moved = [{**r, "ppl": r["ppl"] and (r["ppl"] - 1) * scale + shift} for r in rows]
+    flags = {"n_ce": 50, "range_quantiles": (0.05, 0.95), **BY_QUANTILES}
+    (first, meta), (second, moved_meta) = (run(tmp_path, "oxa_mle", x, **flags) for x in (rows, moved))
+    assert [r["sid"] for r in first] == [r["sid"] for r in second] and len(first) > 30
+    assert moved_meta["mu"] == pytest.approx((meta["mu"] - 1) * scale + shift)
+    assert moved_meta["sigma"] == pytest.approx(meta["sigma"] * scale)
+
+
+def test_range_by_quantiles_holds_its_ends(tmp_path):
+    rows = [{**r, "correct": True, "ppl": 10.0 + i} for i, r in enumerate(scored_rows(101, 1, 0))]
+    _, meta = run(tmp_path, "oxa_mle", rows, n_ce=5, mu_quantile=0.5, sigma=20, range_quantiles=(0.1, 0.9))
+    bins = meta["bins"]
+    assert (len(bins), bins[0]["low"], bins[-1]["high"]) == (80, 20.0, 100.0)
+    assert sum(b["available"] for b in bins) == 81 and meta["ce"]["shortage"] == 0
+    _, meta = run(tmp_path, "oxa_mle", rows, n_ce=5, mu=40, sigma=20, range_low=20, range_high=99.9, n_bins=7)
+    assert len(meta["bins"]) == 7 and sum(b["available"] for b in meta["bins"]) == 80
+
+
+def test_a_gaussian_that_comes_up_short_says_which_flags_would_hold_it(tmp_path, capsys):
+    rows = [{**r, "ppl": r["ppl"] and r["ppl"] * 3 + 1} for r in scored_rows(150, 4, 5)]      # few lie in [1, 5]
+    _, meta = run(tmp_path, "oxa_mle", rows, n_ce=60, mu=3.9)
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("SHORT"))
+    assert 0 < meta["ce"]["actual"] < 20 and "98 % of the" in printed and "queries x --cap 1" in printed
+    offers = re.findall(r"; ((?:--[a-z-]+ [0-9.]+ ?)+)would pick ([0-9]+) of 60", printed)
+    assert len(offers) == 2 and int(offers[-1][1]) > 50, printed
+    for flags, promised in offers:
+        words = flags.split()
+        given = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2])}
+        _, meta = run(tmp_path, "oxa_mle", rows, n_ce=60, **given)
+        assert meta["ce"]["actual"] == int(promised)
+
+
 @pytest.mark.parametrize("cap", [1, 3])
 @pytest.mark.parametrize("n", [40, 5000])
 def test_lowest_perplexity_and_longest_equal_the_plain_rules(tmp_path, cap, n):
@@ -239,10 +280,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 BAD = {
     "--arm nonsense": "invalid choice", "--arm oxa_full": "needs --self", "--arm sft --cap 0": "--cap must be at least 1",
     "--arm sft --n-ce 0": "--n-ce must be at least 1", "--arm oxa_mle --sigma 0": "--sigma must be positive",
-    "--arm oxa_mle --mu-quantile 70": "--mu-quantile must lie in [0, 1]", "--arm oxa_mle --mu 900": "no part of the Gaussian",
-    "--arm oxa_mle --bin-width 0.3": "not a whole number of bins", "--arm oxa_mle --range-low 5": "not a whole number of bins",
+    "--arm oxa_mle --mu-quantile 70": "--mu-quantile must lie in [0, 1]", "--arm oxa_mle --mu 900": "would pick",
+    "--arm oxa_mle --bin-width 0.3": "not a whole number of bins", "--arm oxa_mle --range-low 5": "is not below --range-high",
     "--arm sft_lp --min-tokens 100000": "no response is left", "--arm sft --teacher missing.jsonl": "missing.jsonl does not exist",
-    "--arm oxa_mle --range-low 90 --range-high 91": "no correct response has a perplexity",
+    "--arm oxa_mle --range-low 90 --range-high 91": "correct responses have perplexities from",
+    "--arm oxa_mle --bin-width 1e-9": "4,000,000,000 bins", "--arm oxa_mle --n-bins 0": "--n-bins must be positive",
+    "--arm oxa_mle --bin-width 0": "--bin-width must be positive", "--arm oxa_mle --sigma-share -1": "--sigma-share must be",
+    "--arm oxa_mle --range-quantiles 0.9 0.1": "the lower one first", "--arm oxa_mle --range-quantiles 0.5": "two numbers",
+    "--arm oxa_mle --range-quantiles 0 1.5": "two numbers in [0, 1]",
     "--arm sft --recipe missing.toml": "missing.toml does not exist",
 }
 
@@ -268,6 +313,21 @@ def test_bad_rows_end_with_one_sentence_and_code_2(tmp_path, capsys, change, mes
     with pytest.raises(SystemExit) as stop:
         stage.main(["select", "--arm", "sft", "--teacher", str(path), "--out", str(tmp_path / "o.jsonl")])
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
+
+
+def test_an_input_is_not_replaced_by_the_output(tmp_path, capsys):
+    path = write(tmp_path / "teacher.jsonl", scored_rows(10, 4, 0))
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        stage.main(["select", "--arm", "sft", "--teacher", str(path), "--out", str(path)])
+    assert stop.value.code == 2 and "is an input of this command" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_a_recipe_key_that_is_no_flag_is_refused(tmp_path, capsys):
+    (tmp_path / "r.toml").write_text("[select]\nself = 1\n")
+    with pytest.raises(SystemExit) as stop:
+        stage.main(["select", "--recipe", str(tmp_path / "r.toml"), "--arm", "sft", "--teacher", "t", "--out", "o"])
+    assert stop.value.code == 2 and "unknown key 'self'" in capsys.readouterr().err
 
 
 def test_show_prints_verdict_perplexity_and_bin(tmp_path, capsys):

@@ -20,15 +20,17 @@ that the RL trainer logs at its first step (04's `entropy`), the one that the pu
 
 What is missing (an arm, RLVR, the base, a stage's log) is left out; nothing is made up for it.
 RUN_DIR/explain.json, if there, is shown as a section of its own: a list of {"title", "text",
-"columns", "rows", "figures"}, figures as {"file": path relative to RUN_DIR, "caption"}; all but
-the title may be missing.
+"columns", "rows", "figures"}, figures as {"file": a PNG inside RUN_DIR, "caption"}; all but the
+title may be missing. Names and texts that come from files are shown as text: no Markdown, no HTML.
 """
 
 import common
 
 import json
 import math
+import re
 import shutil
+import urllib.parse
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +123,11 @@ def load_run(path, k=0, beside=()) -> Run:
         for when, name in WHEN.items():
             if not seed.isdigit() or not (folder / name / "results.json").exists():
                 continue
-            results = json.loads((folder / name / "results.json").read_text())
+            results = read_json(folder / name / "results.json", {"grader": str, "benchmarks": dict})
             graders[results["grader"]] += 1
             for b in results["benchmarks"]:
-                rows = common.read_jsonl(folder / name / f"{b}.problems.jsonl")
-                tables[int(seed), folder.name, when, b] = {row["pid"]: row for row in rows}
+                table = read_table(folder / name / f"{b}.problems.jsonl")
+                tables[int(seed), folder.name, when, b] = table
     if not tables:
         common.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): "
                    "run the pipeline first")
@@ -137,6 +139,31 @@ def load_run(path, k=0, beside=()) -> Run:
                    "name fewer with --beside (without a name: none)")
     check_k(path, k, tables, counted)
     return Run(path, k, sorted(seeds), arms, list(benchmarks), counted, tables, graders)
+
+
+def read_json(path, fields) -> dict:
+    """A JSON object that has these fields, of these types."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        common.die(f"{path}: not valid JSON ({error}); evaluate again")
+    for name, kind in fields.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            common.die(f"{path}: '{name}' is missing or no {kind.__name__}; evaluate again")
+    return content
+
+
+def read_table(path) -> dict:
+    """{pid: row} of a problem table of 05."""
+    table = {}
+    fields = {"pid": str, "n": int, "n_correct": int, "n_truncated": int,
+              "mean_tokens": (float, int), "entropy": (float, int, type(None))}
+    for number, row in enumerate(common.read_jsonl(path, fields, key="pid"), 1):
+        if not 0 <= row["n_correct"] <= row["n"] or row["n"] == 0:
+            common.die(f"{path}:{number}: {row['n_correct']} of {row['n']} samples are right, "
+                       "which cannot be; evaluate again with --regrade")
+        table[row["pid"]] = row
+    return table
 
 
 def check_k(path, k, tables, counted):
@@ -332,9 +359,27 @@ def number(x, sign="") -> str:
     return f"{x['value']:{sign}.3f} [{x['low']:{sign}.3f}, {x['high']:{sign}.3f}]"
 
 
+def safe(text) -> str:
+    """`text` from a file, on one line, shown as it stands: nothing in it is Markdown or HTML but
+    `code` between single backticks, where nothing is."""
+    text = common.printable(str(text)).replace("\n", " ")
+    parts = text.split("`")
+    if "``" in text or len(parts) % 2 == 0:             # not in pairs: none of them is code
+        text = escape(text)
+    else:
+        parts[0::2] = map(escape, parts[0::2])
+        text = "`".join(parts)
+    return text.replace("|", "\\|")                     # ends a cell of a table even in code
+
+
+def escape(text) -> str:
+    return re.sub(r"([\\`*\[\]<>~&])", r"\\\1", text)
+
+
 def table(head, rows) -> str:
     """A Markdown table."""
     lines = []
+    head = list(head)
     for row in (head, ["---"] * len(head), *rows):
         lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
@@ -377,7 +422,7 @@ def arms_table(run, summary, place) -> str:
         for when, places in found.items():
             if place in places:
                 m = places[place]
-                rows.append([arm, when, number(m["pass_at_1"]), number(m["pass_at_k"]),
+                rows.append([safe(arm), when, number(m["pass_at_1"]), number(m["pass_at_k"]),
                              number(m["pass_at_n"]), number(m["entropy"]),
                              f"{m['mean_tokens']['value']:.0f}",
                              f"{m['truncation_rate']['value']:.1%}"])
@@ -456,7 +501,8 @@ def save(figure, path, caption) -> str:
 
 
 def image(name, caption) -> str:
-    return f"![{caption}](figures/{name})\n\n*{caption}*"
+    caption = safe(caption)
+    return f"![{caption}](figures/{urllib.parse.quote(name)})\n\n*{caption}*"
 
 
 def figure_claims(run, claims, out) -> str:
@@ -499,7 +545,7 @@ def draw_perplexity(meta, seed, out) -> str:
     axes[1].bar(low, [b["actual"] for b in bins], width, align="edge", color=STYLES["oxa_mle"][0],
                 label="picked for oxa_mle and oxa_full")
     axes[1].step(low, [b["target"] for b in bins], where="post", color="black",
-                 label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {meta['args']['sigma']}")
+                 label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {meta['sigma']:.2g}")
     axes[1].sharex(axes[0])
     axes[1].set_xlabel(f"perplexity of the response under the base model, bins of {width:.2g}")
     picked = f"{meta['ce']['actual']:,} of {meta['ce']['target']:,} wanted"
@@ -589,7 +635,7 @@ def first_paragraph(run, claims) -> str:
         text += f" Not measured in this run: {', '.join(missing)}."
     some = {b for _, e in effects(found) for b in run.counted if b not in e["benchmarks"]}
     if some:
-        text += f" Not evaluated by both, so not in every claim: {', '.join(sorted(some))}."
+        text += f" Not evaluated by both, so not in every claim: {safe(', '.join(sorted(some)))}."
     if any(e["seeds"] == 1 for _, e in effects(found)):
         text += (" **One seed: intervals are over problems only**, and say nothing of how another "
                  "training run would have ended.")
@@ -602,20 +648,47 @@ def explanation(folder, out) -> list[str]:
     if not path.exists():
         return []
     parts = ["## Why"]
-    for section in json.loads(path.read_text()):
-        parts += [f"### {section['title']}", section.get("text", "")]
+    for section in read_sections(path):
+        parts += [f"### {safe(section['title'])}", safe(section.get("text", ""))]
         if section.get("rows"):
             rows = []
             for row in section["rows"]:
-                rows.append([f"{x:.3f}" if isinstance(x, float) else x for x in row])
-            parts.append(table(section["columns"], rows))
+                rows.append([f"{x:.3f}" if isinstance(x, float) else safe(x) for x in row])
+            parts.append(table(map(safe, section["columns"]), rows))
         for figure in section.get("figures", []):
-            source = folder / figure["file"]
-            if not source.exists():
-                common.die(f"{path} names the figure {figure['file']}, which is not there")
-            shutil.copy(source, out / source.name)
-            parts.append(image(source.name, figure["caption"]))
+            source = figure_inside(folder, figure["file"])
+            shutil.copy(source, out / f"explain_{source.name}")
+            parts.append(image(f"explain_{source.name}", figure["caption"]))
     return parts
+
+
+def read_sections(path) -> list[dict]:
+    """explain.json, its form checked."""
+    try:
+        sections = json.loads(path.read_text())
+        for section in sections:
+            columns = section.get("columns", [])
+            figures = section.get("figures", [])
+            sound = [isinstance(section["title"], str), isinstance(columns, list)]
+            sound += [len(row) == len(columns) for row in section.get("rows", [])]
+            sound += [isinstance(figure["file"] + figure["caption"], str) for figure in figures]
+            if not all(sound):
+                raise ValueError(f"section {sections.index(section) + 1}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        common.die(f"{path} is no list of sections as tools/report.py describes it ({error}); "
+                   "mend or remove it")
+    return sections
+
+
+def figure_inside(folder, name) -> Path:
+    """A PNG inside the run; links are followed first."""
+    source = (folder / name).resolve()
+    if not source.is_relative_to(folder.resolve()):
+        common.die(f"{folder / 'explain.json'} names the figure {name!r}, outside {folder}; "
+                   "figures must lie inside")
+    if source.suffix != ".png" or not source.is_file():
+        common.die(f"{folder / 'explain.json'} names the figure {name!r}, which is no PNG file")
+    return source
 
 
 def n_problems(run, benchmark) -> int:
@@ -627,24 +700,26 @@ def compose(run, claims, other, summary, facts, out) -> list[str]:
     """The parts of REPORT.md in their order; an empty one is left out. other: (run, claims) of a
     contrast, or None."""
     figures = out / "figures"
-    parts = [f"# {run.name}: what was reproduced", first_paragraph(run, claims),
+    parts = [f"# {safe(run.name)}: what was reproduced", first_paragraph(run, claims),
              figure_claims(run, claims, figures)]
     if claims:
         parts += ["## Claims", claims_table(run, claims), RULE]
     if other:
-        parts += [f"## The contrast: {other[0].name}", first_paragraph(*other),
+        parts += [f"## The contrast: {safe(other[0].name)}", first_paragraph(*other),
                   claims_table(*other)]
     parts += ["## Arms", "Means over seeds, with 95 % intervals over problems and seeds."]
     if len(run.counted) > 1:
-        parts += [f"### Average over {', '.join(run.counted)}", arms_table(run, summary, "average")]
+        average = safe(", ".join(run.counted))
+        parts += [f"### Average over {average}", arms_table(run, summary, "average")]
     for b in run.benchmarks:
         beside = "" if b in run.counted else "; in no claim and no average"
-        parts += [f"### {b} ({n_problems(run, b)} problems{beside})", arms_table(run, summary, b)]
+        parts += [f"### {safe(b)} ({n_problems(run, b)} problems{beside})",
+                  arms_table(run, summary, b)]
     parts += ["## Pass@k", figure_pass_at_k(run, figures)]
     parts += explanation(run.path, figures)
     parts += ["## Training", figure_perplexity(run, figures),
               figure_curves(run, "sft", figures), figure_curves(run, "rlvr", figures)]
-    lines = [f"- {name}: {text}" for name, text in facts.items()]
+    lines = [f"- {name}: {safe(text)}" for name, text in facts.items()]
     parts += ["## Where this comes from", "\n".join(lines),
               "summary.json has the sha256 of every input."]
     return [part for part in parts if part]
@@ -672,7 +747,7 @@ def write_summary(worlds, summary, facts, hashes, path):
 
 def main(argv=None):
     args = parse_args(argv)
-    matplotlib.rcParams["font.size"] = 8
+    matplotlib.rcParams.update({"font.size": 8, "text.parse_math": False})    # a name may have a $
     run = load_run(args.run, args.k, args.beside)
     worlds = [(run, judge_claims(run))]
     if args.contrast:
@@ -693,4 +768,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
