@@ -185,7 +185,7 @@ def test_more_samples_keep_the_old_ones(finished, tiny_model_dir, tmp_path):
 
 def test_a_benchmark_with_its_own_number_of_samples(finished, tiny_model_dir, tmp_path):
     out, paths = finished
-    evaluate.main([*flags(tiny_model_dir, tmp_path, *paths, n=1, entropy_samples=0), "--n-of", "b=2", "other=9"])
+    evaluate.main([*flags(tiny_model_dir, tmp_path, *paths, n=1, entropy_samples=0), "--n-of", "b=2"])
     results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
     assert [results[b]["n_samples"] for b in "ab"] == [1, 2] and results["a"]["entropy"] is None
 
@@ -282,7 +282,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
             regrade(path, out, "--second-grader", "math-verify")
         assert stop.value.code == 2 and "pip install" in capsys.readouterr().err
     bench = evaluate.Benchmark(path, out)
-    rows, _ = evaluate.grade(bench, evaluate.parse(["--problems", str(path), "--out", str(out), "--regrade"]))
+    rows, _ = evaluate.grade(bench, evaluate.parse_args(["--problems", str(path), "--out", str(out), "--regrade"]))
     assert evaluate.second_opinion(bench, rows, lambda response, answer: "4" in response, out) == 2   # open and no_box
     assert {row["pid"] for row in common.read_jsonl(out / "hand.disagreements.jsonl")} == {"x", "y"}
 
