@@ -1033,7 +1033,10 @@ def refuse_bad_step(out, step: int, numbers: dict, batch: list, dist: Dist):
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased Pass@k from c correct of n samples: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    """Unbiased Pass@k from c correct of n samples: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
+    Nothing is known of a k above n: ValueError."""
+    if not 1 <= k <= n:
+        raise ValueError(f"Pass@{k} of {n} samples: k must lie in 1..{n}")
     if n - c < k:
         return 1.0
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import common
-from model import render_prompt
+from model import load_model, render_prompt
 
 evaluate = importlib.import_module("05_eval")
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,12 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     for k in range(1, 7):
         solved = [any(subset) for subset in combinations(outcomes, k)]
         assert abs(common.pass_at_k(6, 2, k) - sum(solved) / len(solved)) < 1e-15
+
+
+@pytest.mark.parametrize("k", [0, 5, 8])
+def test_pass_at_k_of_too_few_samples_is_an_error(k):
+    with pytest.raises(ValueError, match="k must lie in 1..4"):
+        common.pass_at_k(4, 2, k)
 
 
 def test_t_quantile_against_tables():
@@ -183,9 +190,144 @@ def test_more_samples_keep_the_old_ones(finished, tiny_model_dir, tmp_path):
     assert text(tmp_path) == text(out)
 
 
+def test_more_samples_with_more_entropy_samples_end_as_if_all_were_drawn_at_once(finished, tiny_model_dir, tmp_path):
+    """--n 2, then 3, with --entropy-samples 4: the entropies of two samples are not those of three."""
+    out, paths = finished
+    evaluate.main(flags(tiny_model_dir, tmp_path, *paths, n=2))
+    evaluate.main(flags(tiny_model_dir, tmp_path, *paths, n=3))
+    assert files(tmp_path) == files(out)
+
+
+def test_removed_responses_leave_no_entropy_behind(finished, tiny_model_dir, tmp_path):
+    """BENCH.jsonl is removed, as the refusal of other settings says, and drawn at another temperature."""
+    out, paths = finished
+    for folder in (tmp_path / "same", tmp_path / "fresh"):
+        if folder.name == "same":
+            evaluate.main(flags(tiny_model_dir, folder, paths[0]))
+            (folder / "a.jsonl").unlink()
+        evaluate.main(flags(tiny_model_dir, folder, paths[0], temperature=1.3))
+    assert files(tmp_path / "same") == files(tmp_path / "fresh")
+    entropies = lambda folder: [row["entropy"] for row in common.read_jsonl(folder / "a.problems.jsonl")]
+    assert entropies(tmp_path / "same") != entropies(out)
+
+
+def test_entropies_of_other_responses_are_not_shown_without_a_model(finished, tmp_path):
+    """A response was edited by hand: its problem has no entropy, so the benchmark has none."""
+    out, paths = finished
+    shutil.copytree(out, tmp_path / "out")
+    rows = list(common.read_jsonl(tmp_path / "out" / "a.jsonl"))
+    rows[4]["ids"] = rows[4]["ids"][:-1]
+    write_rows(tmp_path / "out" / "a.jsonl", rows)
+    evaluate.main(["--problems", str(paths[0]), "--out", str(tmp_path / "out"), "--verify-workers", "1"])
+    assert files(tmp_path / "out")[1]["benchmarks"]["a"]["entropy"] is None
+    assert files(out)[1]["benchmarks"]["a"]["entropy"] is not None
+
+
+def test_half_measured_entropy_ends_with_the_same_bytes(finished, tiny_model_dir, tmp_path):
+    out, paths = finished
+    shutil.copytree(out, tmp_path / "out")
+    rows = list(common.read_jsonl(out / "a.entropy.jsonl"))
+    write_rows(tmp_path / "out" / "a.entropy.jsonl", rows[:2])
+    write_rows(tmp_path / "out" / "a.entropy.rank1.jsonl", rows[4:])
+    evaluate.main(flags(tiny_model_dir, tmp_path / "out", *paths))
+    assert files(tmp_path / "out") == files(out)
+
+
+def test_entropy_does_not_depend_on_the_packs(finished, tiny_model_dir, tmp_path):
+    assert evaluate.blocks_of([3, 3, 3, 9, 20, 1], 9) == [[0, 1, 2], [3], [4], [5]]
+    out, paths = finished
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "a.entropy.jsonl").unlink()
+    evaluate.main(flags(tiny_model_dir, tmp_path / "out", *paths, token_budget=100))     # a problem is over 100
+    for before, after in zip(*(common.read_jsonl(folder / "a.entropy.jsonl") for folder in (out, tmp_path / "out"))):
+        assert after == {**before, "entropy": pytest.approx(before["entropy"], abs=1e-6)}
+
+
+def test_one_results_file_has_one_setting(finished, tiny_model_dir, tmp_path, capsys):
+    out, paths = finished
+    shutil.copytree(out, tmp_path / "out")
+    more = problems(tmp_path / "c.jsonl", 2)
+    before = (tmp_path / "out" / "results.json").read_text()
+    for change, name in ((dict(temperature=1.0), "temperature"), (dict(seed=1), "seed"), (dict(max_tokens=9), "max_tokens")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags(tiny_model_dir, tmp_path / "out", more, **change))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"not drawn alike ({name})" in error
+        assert not (tmp_path / "out" / "c.jsonl").exists()
+    assert (tmp_path / "out" / "results.json").read_text() == before
+    evaluate.main(flags(tiny_model_dir, tmp_path / "out", more))
+    assert sorted(files(tmp_path / "out")[1]["benchmarks"]) == ["a", "b", "c"]
+
+
+def test_changed_weights_at_the_same_path_do_not_mix(tiny_model_dir, tmp_path, capsys):
+    model, paths = tmp_path / "model", [problems(tmp_path / f"{name}.jsonl", 2) for name in "ab"]
+    shutil.copytree(tiny_model_dir, model)
+    evaluate.main(flags(model, tmp_path / "out", paths[0], n=1))
+    changed = load_model(model)
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(1.5)
+    changed.save_pretrained(model)
+    for path in paths:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags(model, tmp_path / "out", path, n=1))
+        assert stop.value.code == 2 and ("weights" in (error := capsys.readouterr().err) or str(model) in error)
+
+
+def test_names_that_are_parts_of_others(tiny_model_dir, tmp_path, capsys):
+    """`id.ranked.jsonl` is no rank's part of `id.jsonl`, and `[1]` is no pattern."""
+    paths = [problems(tmp_path / f"{name}.jsonl", n) for name, n in (("id", 2), ("id.ranked", 3), ("x[1]", 2), ("x1", 3))]
+    for path in [*paths, paths[0], paths[2]]:
+        evaluate.main(flags(tiny_model_dir, tmp_path / "out", path, n=1, entropy_samples=1))
+    found = {name: b["n_problems"] for name, b in files(tmp_path / "out")[1]["benchmarks"].items()}
+    assert found == {"id": 2, "id.ranked": 3, "x[1]": 2, "x1": 3}
+    for name in ("id.entropy", "id.problems", "id.disagreements", "id.rank0"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags(tiny_model_dir, tmp_path / "out", problems(tmp_path / f"{name}.jsonl"), n=1))
+        assert stop.value.code == 2 and "another benchmark" in capsys.readouterr().err
+
+
+def test_problems_are_not_overwritten_by_their_responses(tiny_model_dir, tmp_path, capsys):
+    path = problems(tmp_path / "a.jsonl")
+    before = path.read_text()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(flags(tiny_model_dir, tmp_path, path))
+    assert stop.value.code == 2 and "is an input" in capsys.readouterr().err and path.read_text() == before
+
+
+def test_repeated_problems_are_refused_with_their_line(tiny_model_dir, tmp_path, capsys):
+    rows = [{"pid": "p1", "problem": "1+1?", "answer": "2"}, {"pid": "p1", "problem": "1+2?", "answer": "3"}]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(flags(tiny_model_dir, tmp_path / "out", write_rows(tmp_path / "a.jsonl", rows)))
+    assert stop.value.code == 2 and "a.jsonl:2: 'p1' occurs twice" in capsys.readouterr().err
+
+
+def test_answers_that_cannot_be_judged_are_shown_before_anything_is_drawn(tiny_model_dir, tmp_path, capsys, monkeypatch):
+    rows = [{"pid": f"p{i}", "problem": "?", "answer": answer} for i, answer in enumerate(["2", "\\undefinedmacro{{{", "3"])]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+
+    def drawn(*args, **options):
+        raise AssertionError("drawn before " + capsys.readouterr().out)
+
+    monkeypatch.setattr(evaluate, "generate", drawn)
+    with pytest.raises(AssertionError, match=r"a: 1 of 3 answers cannot be judged(.|\n)*p1: .*undefinedmacro"):
+        evaluate.main(flags(tiny_model_dir, tmp_path / "out", path, n=1))
+
+
+def test_bfloat16_weights_draw_and_measure(finished, tiny_model_dir, tmp_path, capsys):
+    out, paths = finished
+    evaluate.main(flags(tiny_model_dir, tmp_path, paths[1], dtype="bfloat16", max_tokens=12))
+    found = files(tmp_path)[1]
+    assert found["dtype"] == "bfloat16" and files(out)[1]["dtype"] == "float32"
+    here, there = (f["benchmarks"]["b"]["entropy"]["value"] for f in (found, files(out)[1]))
+    assert here != there and here == pytest.approx(there, rel=0.05)
+    with pytest.raises(SystemExit):
+        evaluate.main(flags(tiny_model_dir, tmp_path, paths[1]))
+    assert "other settings (dtype)" in capsys.readouterr().err
+
+
 def test_a_benchmark_with_its_own_number_of_samples(finished, tiny_model_dir, tmp_path):
     out, paths = finished
-    evaluate.main([*flags(tiny_model_dir, tmp_path, *paths, n=1, entropy_samples=0), "--n-of", "b=2", "other=9"])
+    evaluate.main([*flags(tiny_model_dir, tmp_path, *paths, n=1, entropy_samples=0), "--n-of", "b=2"])
     results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
     assert [results[b]["n_samples"] for b in "ab"] == [1, 2] and results["a"]["entropy"] is None
 
@@ -264,6 +406,68 @@ def test_regrade_lists_what_changed(tmp_path, capsys):
     assert [row["response"] for row in common.read_jsonl(out / "hand.jsonl")] == before
 
 
+def test_an_edited_answer_is_graded_with_even_without_being_told(tmp_path, capsys):
+    """Old verdicts under the new file's hash would be silently wrong."""
+    path, out = stored(tmp_path, COUNTS)
+    regrade(path, out)
+    write_rows(path, [{"pid": pid, "problem": "2+2?", "answer": "5" if pid == "y" else "4"} for pid in COUNTS])
+    capsys.readouterr()
+    evaluate.main(["--problems", str(path), "--out", str(out), "--verify-workers", "1"])
+    assert "3 of 12 verdicts changed" in capsys.readouterr().out
+    result = json.loads((out / "results.json").read_text())["benchmarks"]["hand"]
+    assert result["pass_at_1"]["value"] == pytest.approx((0.5 + 0.75 + 1) / 3)
+    assert json.loads((out / "hand.meta.json").read_text())["inputs"] == {str(path): common.sha256_file(path)}
+
+
+def test_verdicts_of_another_grader_are_given_anew(tmp_path, capsys, monkeypatch):
+    path, out = stored(tmp_path, COUNTS)
+    regrade(path, out)
+    graded = []
+    real = evaluate.verifier.verify_many
+    monkeypatch.setattr(evaluate.verifier, "verify_many", lambda pairs, **options: graded.append(len(pairs)) or real(pairs, **options))
+    again = ["--problems", str(path), "--out", str(out), "--verify-workers", "1"]
+    evaluate.main(again)
+    assert graded == []                                       # the same grader, the same answers: nothing to do
+    monkeypatch.setattr(evaluate, "grader_name", lambda: "another")
+    evaluate.main(again)
+    evaluate.main(again)
+    assert graded == [12] and json.loads((out / "results.json").read_text())["grader"] == "another"
+
+
+def test_regrading_keeps_what_drew_the_responses(finished, tmp_path):
+    """The model may be gone or changed by then: its hash stays that of the weights that drew them."""
+    out, paths = finished
+    shutil.copytree(out, tmp_path / "out")
+    before = json.loads((out / "a.meta.json").read_text())
+    meta = dict(before, commit="of then", args={**before["args"], "model": "gone"},
+                inputs={str(paths[0]): "0" * 64, "gone/final": "1" * 64})
+    (tmp_path / "out" / "a.meta.json").write_text(json.dumps(meta))
+    (tmp_path / "out" / "results.json").unlink()
+    evaluate.main(["--regrade", "--problems", str(paths[0]), "--out", str(tmp_path / "out"), "--verify-workers", "1"])
+    after = json.loads((tmp_path / "out" / "a.meta.json").read_text())
+    assert after["inputs"] == {str(paths[0]): common.sha256_file(paths[0]), "gone/final": "1" * 64}
+    assert after["commit"] == "of then" and after["regraded"] is True
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["weights"] == "1" * 64
+
+
+def test_ids_cannot_drive_the_terminal(tmp_path, capsys):
+    bad = "x\x1b[2J"
+    path, out = stored(tmp_path, {bad: ["right", "wrong"], "y": ["right", "right"]})
+    regrade(path, out)
+    write_rows(path, [{"pid": pid, "problem": "2+2?", "answer": "5"} for pid in (bad, "y")])
+    regrade(path, out, "--show", "4")
+    bench = evaluate.Benchmark(path, out)
+    evaluate.second_opinion(bench, bench.stored_rows(), lambda response, answer: True, out)
+    write_rows(path, [{"pid": pid, "problem": "2+2?", "answer": "5"} for pid in (bad, "y", bad + "z")])
+    with pytest.raises(SystemExit):
+        regrade(path, out)
+    write_rows(path, [{"pid": "y", "problem": "2+2?", "answer": "5"}])
+    with pytest.raises(SystemExit):
+        regrade(path, out)
+    printed = "".join(capsys.readouterr())
+    assert printed.count("x\\x1b[2J") >= 5 and "\x1b" not in printed
+
+
 def test_show_makes_control_characters_visible(tmp_path, capsys):
     path, out = stored(tmp_path, {"x": ["right"]})
     rows = [dict(row, response="<think>\x1b[2J\u202e</think>\\boxed{4}") for row in common.read_jsonl(out / "hand.jsonl")]
@@ -282,7 +486,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
             regrade(path, out, "--second-grader", "math-verify")
         assert stop.value.code == 2 and "pip install" in capsys.readouterr().err
     bench = evaluate.Benchmark(path, out)
-    rows, _ = evaluate.grade(bench, evaluate.parse(["--problems", str(path), "--out", str(out), "--regrade"]))
+    rows, _ = evaluate.grade(bench, evaluate.parse_args(["--problems", str(path), "--out", str(out), "--regrade"]))
     assert evaluate.second_opinion(bench, rows, lambda response, answer: "4" in response, out) == 2   # open and no_box
     assert {row["pid"] for row in common.read_jsonl(out / "hand.disagreements.jsonl")} == {"x", "y"}
 
@@ -295,6 +499,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
     (["--n", "0"], "at least 1"),
     (["--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
     (["--model", "MODEL", "--n-of", "a=some"], "NAME=N"),
+    (["--model", "MODEL", "--n-of", "other=9"], "no --problems file has that name; there is a"),
 ])
 def test_bad_input_is_one_sentence(finished, tiny_model_dir, capsys, change, sentence):
     out, paths = finished

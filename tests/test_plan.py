@@ -16,7 +16,7 @@ import engines
 from tools import plan
 
 SCRIPTS = {"01_sample": "main", "02_verify_score": "main", "03_train_oxa": "config", "04_rlvr": "config",
-           "05_eval": "parse", "tools.prepare_base": "main", "tools.report": "parse"}                # and the function that makes its parser
+           "05_eval": "parse_args", "tools.prepare_base": "main", "tools.report": "parse"}                # and the function that makes its parser
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
 TINY = {"tied": {}, "untied": {"tie": False}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
                                                        "hidden_size": 128}}
