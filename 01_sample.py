@@ -417,7 +417,7 @@ def read_item(source, row, where):
         responses, answer = split_solution(solution, source.solution_mark, where)
     pid = ""
     if source is SOURCES["problems"]:
-        pid = check_text(row["pid"], where, "pid")
+        pid = check_text(cell(row, "pid", where), where, "pid")
         if not pid.strip():
             die(f"{where}: pid is empty")
     answer = clean_answer(answer, where, source.answer)
@@ -702,7 +702,7 @@ def boxed_answer(responses):
 
 
 def with_answers(args, items, known):
-    """Items with the ground truth of --answers: the column's, that of --problems, or a boxed one."""
+    """Items with the ground truth of --answers: the column's, one of --problems, or a boxed one."""
     for item in items:
         if args.answers == "join":
             item = replace(item, answer=known.get(item.pid))
@@ -805,7 +805,7 @@ def model_samples(args):
     longest = max(len(prompt) for prompt in prompts.values()) + args.max_tokens
     check_positions(load_config(args.model), longest, "the longest prompt with --max-tokens")
 
-    requests = {}                                        # sid -> (pid, k), in the order of the output
+    requests = {}                                        # sid -> (pid, k), in the output's order
     for pid in prompts:
         for k in range(args.n):
             requests[f"{pid}:{args.name}:{k}"] = (pid, k)
