@@ -51,7 +51,7 @@ from tqdm import tqdm
 from common import die
 from engines import make_engine
 from model import (check_positions, decode_response, encode_response, load_config, load_tokenizer,
-                   render_prompt)
+                   model_dir, render_prompt)
 
 # -------------------------------------------------------------------- sources: which column is what
 
@@ -417,7 +417,7 @@ def read_item(source, row, where):
         responses, answer = split_solution(solution, source.solution_mark, where)
     pid = ""
     if source is SOURCES["problems"]:
-        pid = check_text(row["pid"], where, "pid")
+        pid = check_text(cell(row, "pid", where), where, "pid")
         if not pid.strip():
             die(f"{where}: pid is empty")
     answer = clean_answer(answer, where, source.answer)
@@ -622,6 +622,8 @@ def problems(args):
 
     A source that keeps its duplicates (SOURCES) gives a row for each: PID, PID-2, PID-3, ...
     """
+    inputs = [args.source, *(args.benchmarks or [])]
+    common.claim_output(args.out, inputs)
     source, instruction, items = read_source(args)
     if source.answer is None:
         die(f"{args.source} has no ground truth; `teacher --problems-out` makes its problems")
@@ -651,7 +653,6 @@ def problems(args):
         die(f"{args.source}: no usable problem ({dict(counts)})")
     write_rows(args.out, rows.values())
     report_overlap(overlap, args.out)
-    inputs = [args.source, *(args.benchmarks or [])]
     found = {"counts": counts, "instruction": instruction or None}
     common.write_meta(args.out, "problems", args, inputs, len(rows), **found)
     say(args.out, counts)
@@ -702,8 +703,7 @@ def boxed_answer(responses):
 
 
 def with_answers(args, items, known):
-    """Items with the ground truth of --answers: the column's, that of --problems, or a boxed
-    one."""
+    """Items with the ground truth of --answers: the column's, one of --problems, or a boxed one."""
     for item in items:
         if args.answers == "join":
             item = replace(item, answer=known.get(item.pid))
@@ -728,6 +728,10 @@ def whole_responses(item, counts):
 
 def teacher(args):
     """One samples row per response of a problem that has an answer and overlaps no benchmark."""
+    inputs = [args.source, *(args.benchmarks or []), *([args.problems] if args.problems else [])]
+    common.claim_output(args.out, inputs)
+    if args.problems_out:
+        common.claim_output(args.problems_out, inputs)
     source, instruction, items = read_source(args)
     if source.response is None:
         die(f"{args.source} has no responses")
@@ -735,7 +739,6 @@ def teacher(args):
     tokenizer = load_tokenizer(args.model)
     overlap = make_overlap(args)
     name = source_name(args)
-    inputs = [args.source, *(args.benchmarks or []), *([args.problems] if args.problems else [])]
     common.start_output(args.out, "samples", args, inputs)
     written, writer = common.append_jsonl(args.out, "sid")
     counts = Counter()
@@ -776,22 +779,15 @@ def teacher(args):
 
 def read_prompts(args, tokenizer):
     """({pid: token ids of its prompt}, how many are too long) of the first --limit problems."""
-    prompts, seen, n_too_long = {}, set(), 0
-    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}):
+    prompts, n_too_long = {}, 0
+    for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}, key="pid"):
         if args.limit and len(prompts) == args.limit:
             break
-        pid = check_text(row["pid"], args.problems, "pid")
-        if pid in seen or not pid:
-            die(f"{args.problems}: pid {pid!r} is empty or stands twice; each row needs its own")
-        seen.add(pid)
-        problem = check_text(row["problem"], f"{args.problems}, pid {pid}", "problem")
-        if not problem.strip():
-            die(f"{args.problems}: the problem of pid {pid} is empty")
-        prompt = render_prompt(tokenizer, problem)
+        prompt = render_prompt(tokenizer, row["problem"])
         if len(prompt) > args.max_prompt_tokens:
             n_too_long += 1
         else:
-            prompts[pid] = prompt
+            prompts[row["pid"]] = prompt
     if not prompts:
         die(f"{args.problems}: every prompt is longer than --max-prompt-tokens "
             f"{args.max_prompt_tokens}")
@@ -806,14 +802,14 @@ def model_samples(args):
     longest = max(len(prompt) for prompt in prompts.values()) + args.max_tokens
     check_positions(load_config(args.model), longest, "the longest prompt with --max-tokens")
 
-    requests = {}  # sid -> (pid, k), in the order of the output
+    requests = {}                                        # sid -> (pid, k), in the output's order
     for pid in prompts:
         for k in range(args.n):
             requests[f"{pid}:{args.name}:{k}"] = (pid, k)
     place = {sid: i for i, sid in enumerate(requests)}
     if dist.rank == 0:
-        may_differ = ("kv_cache_gb", "gpu_memory")
-        common.start_output(args.out, "samples", args, [args.problems], may_differ)
+        inputs = [args.problems, model_dir(args.model)]
+        common.start_output(args.out, "samples", args, inputs, ("kv_cache_gb", "gpu_memory"))
         common.merge_parts(args.out, "sid", place.__getitem__)       # what a killed run left
     common.barrier()
     done = common.stored_keys(args.out, "sid")
@@ -836,7 +832,7 @@ def model_samples(args):
 
 def draw(args, dist, tokenizer, mine, prompts, longest):
     """Generate the requests `mine`, [(pid, k)], into this rank's part. -> how many failed."""
-    engine = make_engine(args.engine, args.model, longest, device=dist.device,
+    engine = make_engine(args.engine, args.model, longest, device=dist.device, dtype=args.dtype,
                          gpu_memory=args.gpu_memory, kv_cache_gb=args.kv_cache_gb)
     prompt_ids = [prompts[pid] for pid, _ in mine]
     seeds = [common.request_seed(args.seed, pid, k) for pid, k in mine]
@@ -865,7 +861,8 @@ def finish_samples(args, **counts):
         finish[row["finish"]] += 1
         n_tokens.append(row["n_tokens"])
     found = {"model": args.model, "finish": finish, **counts}
-    common.write_meta(args.out, "samples", args, [args.problems], len(n_tokens), **found)
+    inputs = [args.problems, model_dir(args.model)]
+    common.write_meta(args.out, "samples", args, inputs, len(n_tokens), **found)
     say(args.out, {"samples": len(n_tokens), **finish, **counts})
     low, median, high, top = np.quantile(n_tokens, [0, 0.5, 0.9, 1]).astype(int)
     print(f"tokens a sample: min {low}, median {median}, 90 % {high}, max {top}", flush=True)
@@ -929,6 +926,8 @@ def add_model_flags(add):
     add("--limit", type=int, default=0, help="first problems only; 0: all")
     add("--engine", choices=("auto", "vllm", "hf"), default="auto",
         help="auto: vLLM where it is installed with a GPU")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of weights and cache on a CPU; a card computes in bfloat16")
     add("--gpu-memory", type=float, default=0.9, help="share of a card's memory for vLLM")
     add("--kv-cache-gb", type=float, default=0,
         help="KV cache of vLLM in GiB; 0: what --gpu-memory leaves")
@@ -945,11 +944,13 @@ def parse_args(argv=None):
     command = common.add_command(commands, "model", "samples of a model -> samples rows", "sample")
     add_model_flags(command.add_argument)
     args = common.parse_args(parser, argv=argv)
-    lowest = {"n": 1, "max_tokens": 1, "max_prompt_tokens": 1, "ngram": 1, "seed": 0}
+    lowest = {"n": 1, "max_tokens": 1, "max_prompt_tokens": 1, "ngram": 1}
     common.check_range(args, ["top_p", "gpu_memory"], **lowest, temperature=0, limit=0,
                        boilerplate=0, kv_cache_gb=0)
-    if args.name is not None and not re.fullmatch(r"[\w.-]+", str(args.name)):
+    if args.name is not None and not re.fullmatch(r"[\w.-]+", args.name):
         die(f"--name is a word of letters, digits, `_`, `.` and `-`, not {args.name!r}")
+    if args.command == "teacher" and args.problems_out == args.out:
+        die("--problems-out and --out are the same file")
     return args
 
 
@@ -964,4 +965,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -231,6 +231,28 @@ def test_duplicates_limit_and_recipe(tmp_path, capsys):
     assert len(rows_of(tmp_path / "r.jsonl")) == 3
 
 
+def test_an_output_is_no_input_and_no_other_output(tmp_path, tiny_model_dir, capsys):
+    path = write(tmp_path / "t.jsonl", rows_like("oxa_answer"))
+    whole = path.read_bytes()
+    args = ["teacher", "--source", path, "--model", tiny_model_dir, "--out"]
+    assert "is an input of this command" in inside(capsys, *args, path, ok=False)
+    assert "is an input" in inside(capsys, *args, tmp_path / "o.jsonl", "--problems-out", path, ok=False)
+    said = inside(capsys, *args, tmp_path / "o.jsonl", "--problems-out", tmp_path / "o.jsonl", ok=False)
+    assert "are the same file" in said and path.read_bytes() == whole
+    path = write(tmp_path / "m.jsonl", rows_like("minerva"))
+    assert "is an input" in inside(capsys, "problems", "--source", path, "--out", path, ok=False)
+
+
+def test_other_weights_at_the_same_path_are_noticed(tmp_path, problem_file, capsys):
+    model = tmp_path / "model"
+    make_model(model)
+    args = ["model", "--model", model, "--problems", problem_file, "--n", 1, "--max-tokens", 4, "--engine", "hf",
+            "--out", tmp_path / "o.jsonl"]
+    inside(capsys, *args)
+    make_model(model, seed=1)
+    assert "the contents of" in inside(capsys, *args, ok=False)
+
+
 def test_teacher_import_goes_on_where_it_was_killed(tmp_path, tiny_model_dir, capsys):
     path = write(tmp_path / "t.jsonl", rows_like("oxa_answer", 6))
     args = ["teacher", "--source", path, "--model", tiny_model_dir, "--out", tmp_path / "o.jsonl", "--problems-out",
@@ -641,7 +663,7 @@ def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
                                      "--engine", "hf", "--out", tmp_path / "o.jsonl", ok=False)
     for flag, value in (("--name", ""), ("--name", "a/b"), ("--name", "a b"), ("--seed", -1)):
         assert flag in inside(capsys, *args, flag, value, ok=False)
-    assert not list(tmp_path.glob("o.*"))
+    assert not (tmp_path / "o.jsonl").exists()
     run("model", "--model", tmp_path / "none", "--problems", problem_file, "--out", tmp_path / "o.jsonl", ok=False)
 
 
@@ -709,6 +731,10 @@ def test_prepare_base_keeps_the_rope_of_a_base_that_has_the_positions(old_base, 
         assert "You are helpful" not in tokenizer.decode(render_prompt(tokenizer, "1+1?"))
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")      # which goes with this process
+
+
 def test_prepare_base_leaves_nothing_half_made(old_base, tmp_path, capsys, monkeypatch):
     """The sidecar comes with the directory; what a kill left beside it is gone after the next start."""
     out = tmp_path / "prepared"
@@ -718,13 +744,13 @@ def test_prepare_base_leaves_nothing_half_made(old_base, tmp_path, capsys, monke
         patch.setattr(prepare_base.Path, "rename", stop)
         with pytest.raises(SystemExit):
             prepare_base.main([str(a) for a in args])
-    assert not out.exists() and [p.name for p in tmp_path.iterdir()] == ["base"]
+    assert not out.exists() and names_in(tmp_path) == ["base"]
     for _ in range(2):                                                       # made, and already there
         (tmp_path / ".prepared.tmp").mkdir()
         (tmp_path / ".prepared.tmp" / "model.safetensors").write_text("half")
         prepare(capsys, *args)
         assert common.read_meta(out / "base")["schema"] == "base"
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "prepared"]
+        assert names_in(tmp_path) == ["base", "prepared"]
     monkeypatch.setenv("RANK", "1")                                          # of several ranks one writes
     prepare(capsys, "--model", old_base, "--out", tmp_path / "by_rank_1")
     assert not (tmp_path / "by_rank_1").exists()

@@ -192,6 +192,7 @@ def write_base(args, path, temporary, out, changed, copied):
 
 def prepare(args):
     path, out = find_base(args.model), Path(args.out)
+    common.lock(out)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)         # what a killed run left
     config = read_json(path / "config.json")
@@ -232,4 +233,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
