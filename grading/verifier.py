@@ -137,6 +137,9 @@ Gold = collections.namedtuple("Gold", "text trees functions letters doubtful par
 @functools.lru_cache(4096)
 def understand(text):
     """What a gold means, decided once for both sides: its trees, which letters are functions and which are variables."""
+    clock = CLOCK.fullmatch(text)
+    if clock and clock[4]:
+        text = text[:clock.start(4)].partition("\\")[0]             # 7:55 p.m.; same_time() knows the rest
     text = split_unit(split_qualifier(text)[0])[0]
     reading = read(text)
     trees, too_big, failure = [], False, None
