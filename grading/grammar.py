@@ -60,8 +60,8 @@ class Parser:
     """Precedence climbing over the tokens of an answer.
 
     A letter before parentheses is a function if what they hold is one number, one name or a list (f(0), I(t), P(a,b)),
-    or if it is in `functions`; `factors` never are. `applied` collects the functions found, `doubtful` those that may be
-    factors as well: h(a+b).
+    or if it is in `functions`; `factors` never are. `applied` collects the functions found, `sure` those that can be
+    nothing else: h(a+b) may be a product.
     """
 
     def __init__(self, text, functions=frozenset(), factors=frozenset()):
@@ -74,7 +74,7 @@ class Parser:
         self.functions = functions
         self.factors = factors
         self.applied = set()
-        self.doubtful = set()
+        self.sure = set()
 
     def peek(self, ahead=0):
         place = self.at + ahead
@@ -180,9 +180,8 @@ class Parser:
             return text
         text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\{([^{}]*(?:\{[^{}]*\})?)\}$", r"\1", text)
-        text = re.sub(r"^\\(?:sin|cos|tan|cot) ?(?=[A-Z\\])", "", text)                           # \sin A = 3/5
-        parts = text.split(":")
-        if not all(is_name(part) for part in parts):
+        plain = re.sub(r"^\\(?:sin|cos|tan|cot) ?(?=[A-Z\\])", "", text)                          # \sin A = 3/5
+        if not all(is_name(part) for part in plain.split(":")):
             return ""
         return re.sub(r"_\{?\\?([^{}]*)\}?", r"_\1", text)
 
@@ -283,12 +282,10 @@ class Parser:
             return True
         if name in self.factors:
             return False
-        if self.simple_argument() or "'" in name or name.startswith(r"\ddot") or name.startswith(r"\dot"):
+        if self.simple_argument() or "'" in name or name.startswith((r"\dot", r"\ddot")):
+            self.sure.add(name)
             return True
-        if name in FUNCTION_LETTERS:
-            self.doubtful.add(name)
-            return True
-        return False
+        return name in FUNCTION_LETTERS
 
     def simple_argument(self):
         """Do the parentheses hold numbers and names only, a list of them or one?"""
@@ -326,6 +323,8 @@ class Parser:
         back = self.at
         outer, self.bars = self.bars, 1
         head = self.expression(INFIX[":"])
+        if self.found(r"\in"):
+            self.expression(INFIX[":"])                            # {x ∈ R : …}
         self.bars = outer
         if self.peek() in ("|", ":") and head[0] in ("sym", "()"):
             self.take()
@@ -511,7 +510,7 @@ def is_name(text):
     command = re.match(r"\\[a-zA-Z]+", text)
     if command and command[0] not in SYMBOLS and command[0] not in ACCENTS and command[0] != r"\pi":
         return False
-    return bool(NAME.fullmatch(text)) and text not in (r"\infty", r"\R")
+    return bool(NAME.fullmatch(text)) and text not in (r"\infty", r"\R", r"\pi")
 
 
 def listed(tree):
@@ -537,6 +536,10 @@ def listed(tree):
 def ranges(kind, items):
     """x<1 or x>2 is a union, x>1 and x<2 an intersection, x=1 or x>2 has a point. A comma may mean either: it is an
     intersection if there is one."""
+    if kind != "or" and len(items[0]) == 3 and items[0][1][2] == items[0][2][1]:
+        taken = [item for item in items[1:] if item[0] not in ("union", "=")]
+        if len(taken) == len(items) - 1:                           # x ≠ 0, 1
+            return ("setminus", NUMBER_SETS[-1], ("set", items[0][2][1], *taken))
     items = [item[2] if item[0] == "=" and item[3] else item for item in items]
     if kind != "or" and all(item[0] == "union" for item in items):
         both = pieces(items[0])

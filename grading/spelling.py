@@ -80,7 +80,7 @@ COMMANDS = {}
 # Size, style, boxes, arrows of speech: \Huge 5, \underline{5}, \implies x=5, \left( \right).
 COMMANDS |= table(" ", """left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm middle
     displaystyle textstyle scriptstyle limits nolimits tiny small normalsize large Large LARGE huge Huge
-    boxed fbox underline uline emph mathstrut notag nonumber blacksquare bigstar checkmark
+    boxed fbox framebox underline uline emph mathstrut notag nonumber blacksquare bigstar checkmark
     therefore implies Rightarrow Longrightarrow hfill centering quad qquad enspace thinspace protect""")
 # Fonts of a letter: \mathbf{v}.
 COMMANDS |= table(r"\font", "mathbf boldsymbol bm mathit mathsf mathcal mathscr mathfrak pmb bf it rm sf bfseries")
@@ -170,6 +170,8 @@ RULES = [
     # Escaped signs: 50\%, \&, and the empty set as braces.
     (r"\\([%#&_])", r"\1"),
     (r"\\\{ *\\\}", r"\\emptyset "),
+    # The word before a choice: \text{Option B}.
+    (r"^ *\\text *\{ *(?i:option|choice|answer)[ :]*\(? *([A-J]) *\)? *\}", r"\1"),
     # Who speaks: "The answer is 5", n \text{ is prime}. Words that turn the meaning stay.
     (r"^ *(\\text *\{)?(?![^{}$=]*\b" + TURNING + r"\b)[a-zA-Z' -]*(\\text *\{ *)?"
      r"\b(?:is|are|answer|equals)\b[ :]*(\}?) *:?(?=.*[0-9a-zA-Z])", without_speaker),
@@ -189,25 +191,25 @@ RULES = [
     # Other spacing: 5\,cm, a\ b, a~b.
     (r"\\[,;:! >]|~", " "),
     (r"\{,\}", ","),
+    # Alignment that carries no meaning: \begin{split} x&=5 \end{split}.
     # Names of the same sign: <=, !=, **, ..., 3*4.
+    (r"\\(?:begin|end) *\{ *(?:aligned|align\*?|gathered|split|equation\*?) *\}|&(?= *=)", " "),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*\*", "^"), (r"\*", r"\\cdot "),
     (r"\.\.\.+", r"\\ldots "),
     # Degrees and primes: 30^\circ, y^{\prime\prime}, 45^{\prime}.
     (r"\^ *\{? *\\circ" + END + r" *\}?", "°"),
     (r"\^ *\{ *((?:' *)+)\}|\^ *(?=')", r"\1"),
     (r"(?<=') +(?=')", ""),
-    # Three spellings of a binomial: {n \choose k}, and an array of two in parentheses.
+    # Another spelling of a binomial: {n \choose k}. (An array of two in parentheses is judged later.)
     (r"\{([^{}]*)\\choose" + END + r"([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\( *\\begin *\{array\} *\{[lcr]\}([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)", r"\\binom{\1}{\2}"),
     # Residues: 5 \pmod{7}, 5 \text{ mod } 7, 5 (mod 7).
     (r"\(? *(?:\\text *\{ *mod *\}|(?<![a-zA-Z\\])mod)" + END + r" *([0-9a-zA-Z]+) *\)", r"\\mod \1"),
     (r"\\text *\{ *mod *\}|(?<![a-zA-Z\\])mod" + END, r"\\mod "),
     (r"\( *\\mod *([0-9a-zA-Z]+) *\)", r"\\mod \1"),
     # Derivatives on one line: dy/dx.
     (r"(?<![a-zA-Z\\])d([a-zA-Z]) */ *d([a-zA-Z])" + END, r"\\frac{d\1}{d\2}"),
-    # Rows and alignment that carry no meaning: \begin{split} x&=5 \end{split}.
+    # The end of a last row: \begin{pmatrix} 1 \\ 2 \\ \end{pmatrix}.
     (r"\n *(?=\\end)", " "),
-    (r"\\(?:begin|end) *\{ *(?:aligned|align\*?|gathered|split|equation\*?) *\}|&(?= *=)", " "),
     # Units as a fraction: 30 \frac{\text{km}}{\text{h}}.
     (r"\\frac *\{ *\\text *\{([^{}]*)\} *\} *\{ *\\text *\{([^{}]*)\} *\}", r"\\text{\1/\2}"),
     # A letter x between a number and a power of ten: 3 x 10^8.
@@ -233,6 +235,8 @@ RULES = [
     (r"(?<![0-9./^_{}\\a-zA-Z] )(?<![0-9./^_{}a-zA-Z\\])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9])", r"\1\\frac{\2}{\3}"),
     # A list of statements: (1)(3)(4).
     (r"^ *(?:\( *[0-9] *\) *){2,}$", statements),
+    # Roman numerals are names: I and II.
+    (r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *([IVX]{2,4}) *(?=,|\\land|\\lor|$)", r"\\text{\1}"),
     # Plain words are text, and a list of words is a list: Alice, Bob.
     (r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *([A-Z][a-z]{2}|[A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|\\land|\\lor|$)",
      r"\\text{\1}"),
@@ -334,7 +338,9 @@ def is_unit_word(word):
 
 def is_unit_text(text):
     """Does a \\text{...} hold declared units only? 'm/s^2', ' square cm', 'erg s^{-1}' do; 'plus one' does not."""
-    pieces = UNIT_PIECE.findall(re.sub(r"\\mu *", "µ", re.sub(r"\\Omega *", "Ω", text)))
+    for command, character in ((r"\mu", "µ"), (r"\Omega", "Ω"), (r"\cdot", " ")):
+        text = re.sub(re.escape(command) + " *", character, text)
+    pieces = UNIT_PIECE.findall(text)
     words = [piece for piece in pieces if piece[0].isalpha()]
     signs = [piece for piece in pieces if not piece[0].isalpha() and piece[0] not in "^./()°-"]
     known = [is_unit_word(word) for word in words if word.lower() not in FILLERS]
@@ -378,7 +384,8 @@ def split_unit(text):
     start = elements[cut].start()
     number = re.sub(r"(?: |/|\\cdot|\\times|-)+$", "", text[:start])
     letters = re.sub(r"\\[a-zA-Z]+|e", "", number)
-    if not number or plain and re.search("[a-zA-Z]", letters):
+    bare = re.sub(TEXT, "", number)
+    if not re.search("[0-9a-zA-Z]", bare) or number[-1] in ",;:(=" or plain and re.search("[a-zA-Z]", letters):
         return text, ""
     return number, text[start:]
 
@@ -386,14 +393,14 @@ def split_unit(text):
 # --------------------------------------------------------------------------------------------------------- qualifiers
 OPEN_TEXT = r"[ ,;]*(?:\\text *\{)?[ ,;(]*"
 NAMED = r"[a-zA-Z](?:_\{?[a-zA-Z0-9]\}?)?"
-NUMBER_SET = r"\\[RZNQC] *(?:\^ *\{? *[-+*] *\}?|_ *\{? *[^{} ]+ *\}?|[+])? *"
+NUMBER_SET = r"\\[RZNQC] *(?:\^ *\{? *(?:[-+*]|\\cdot) *\}?|_ *\{? *[^{} ]+ *\}?|[+])? *"
 QUALIFIERS = [re.compile(pattern) for pattern in (
     # f(x)=x \text{ for all real } x, ... for some a>0
-    OPEN_TEXT + r"(?<!\\)\bfor *\}? *(?:\\text *\{)? *(?:all|any|every|each|some|arbitrary|integers?|reals?|positive)\b.*$",
+    OPEN_TEXT + r"(?<!\\)\bfor *\}? *(?:\\text *\{)? *(?:all|any|every|each|some|arbitrary|integers?|reals?|positive)\b[^=;]*$",
     # 2^n-1 \text{ for } n \ge 1
     OPEN_TEXT + rf"(?<!\\)\bfor *\}}? *{NAMED} *(?:\\ge|\\le|\\in|\\ne|>|<)[^=,;]*$",
     # f(x)=x+c \text{ where } c \text{ is a constant}
-    OPEN_TEXT + r"\b(?:where|with)\b.*\b(?:constants?|integers?|reals?|numbers?|arbitrary|parameters?)\b.*$",
+    OPEN_TEXT + r"\b(?:where|with)\b[^=;]*\b(?:constants?|integers?|reals?|numbers?|arbitrary|parameters?)\b[^=;]*$",
     # f(x)=x \quad \forall x \in \mathbb{R}
     r"[ ,;(]*\\forall" + END + ".*$",
     # f(x)=x+c, c\in\mathbb{R}; k\pi (k \in \mathbb{Z})
@@ -405,6 +412,6 @@ def split_qualifier(text):
     """(answer, qualifier): what only says for which values the answer stands is taken off its end."""
     for pattern in QUALIFIERS:
         found = pattern.search(text)
-        if found and found.start() > 0 and not re.search(r"\bnot\b|\bonly\b", found[0]):
+        if found and found.start() > 0 and not re.search(r"\b(?:not|only|otherwise|else|except)\b", found[0]):
             return text[:found.start()].rstrip(" ,;"), found[0]
     return text, ""

@@ -83,6 +83,7 @@ def extract(response):
 # --------------------------------------------------------------------------------------------------------------- 2. read
 Reading = collections.namedtuple("Reading", "trees functions doubtful")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
 
@@ -109,16 +110,19 @@ def signs_of(text):
 @functools.lru_cache(4096)
 def read(text, functions=frozenset(), factors=frozenset()):
     r"""The trees that an answer may mean: 12,345 is a number, or else a list; a \pm b is two values."""
-    trees, found, doubtful = [], set(), set()
+    trees, found, sure = [], set(), set(functions)
     failure = None
-    for reading in dict.fromkeys((ungrouped(text), text)):
+    for reading in dict.fromkeys((ungrouped(text), text, SMALL_ARRAY.sub(r"\\binom{\1}{\2}", text))):
         try:
             items = []
             for signed in signs_of(reading):
                 parser = Parser(signed, functions, factors)
                 tree = parser.whole()
+                if not parser.sure <= functions:                    # u(t) - u(t-1): a function in both places
+                    parser = Parser(signed, functions | parser.sure, factors)
+                    tree = parser.whole()
                 found |= parser.applied
-                doubtful |= parser.doubtful
+                sure |= parser.functions
                 items += tree[1:] if tree[0] == "set" else [tree]
         except tuple(FAILURES) as error:
             failure = failure or error
@@ -126,7 +130,7 @@ def read(text, functions=frozenset(), factors=frozenset()):
         trees.append(("set", *dict.fromkeys(items)) if PLUS_MINUS.search(reading) else tree)
     if not trees:
         raise failure
-    return Reading(trees, frozenset(found), frozenset(doubtful))
+    return Reading(trees, frozenset(found), frozenset(found - sure))
 
 
 FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
@@ -195,6 +199,7 @@ def same(a, b):
         return same(a, b[1]) or same(a, b[2])
     if a[0] in FLIP or b[0] in FLIP:
         return same_relation(a, b)
+    a, b = (tree[1] if tree[0] == "union" and len(tree) == 2 else tree for tree in (a, b))
     if a[0] == "apply" and b[0] == "()" and a[1].isupper():
         a = ("()", *a[2:])                                         # P(2, 3) is a point
     if "mod" in (a[0], b[0]):
@@ -218,14 +223,40 @@ def same(a, b):
 
 
 COORDINATES = {"x", "y", "z"}
+ARGUMENT = re.compile(r"[a-zA-Z]\(([a-z])\)")                      # f(n) = n is f(x) = x
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot)")
+WIDE_NAME = re.compile(r"[A-Z]{2,3}")
+
+
+def same_names(a, b):
+    """May two named values be the same? Names differ freely (v = 5, v_0 = 5), but x = 5 is not y = 5, and PV = nRT not
+    P = nRT."""
+    first, second = a[3], b[3]
+    if first == second:
+        return bool(first)
+    if not first or not second or "+" in first + second or {first, second} <= COORDINATES:
+        return False
+    if TRIGONOMETRIC.match(first) or TRIGONOMETRIC.match(second):
+        return False                                               # \cos A = 1/2 is not A = 1/2
+    return not variables(b[2]) or not WIDE_NAME.fullmatch(first) and not WIDE_NAME.fullmatch(second)
+
+
+def renamed(tree, old, new):
+    """The tree with another letter for one of its variables."""
+    if tree == ("sym", old):
+        return ("sym", new)
+    return tuple(renamed(child, old, new) if isinstance(child, tuple) else child for child in tree)
 
 
 def same_relation(a, b):
     """y = 2x against 2x - y = 0, or against 2x; m + n = 5 is an answer 5, but as a gold it is a line."""
     if a[0] in FLIP and b[0] in FLIP:
-        if a[0] == b[0] == "=" and a[3] and b[3] and "+" not in a[3] + b[3]:
-            other = a[3] != b[3] and {a[3], b[3]} <= COORDINATES  # x = 5 is not y = 5
-            if not other and same(a[2], b[2]):
+        if a[0] == b[0] == "=" and same_names(a, b):
+            letters = ARGUMENT.fullmatch(a[3]), ARGUMENT.fullmatch(b[3])
+            if all(letters) and letters[1][1] not in variables(a[2]):
+                a = renamed(a, letters[0][1], letters[1][1])
+            given = a[2]
+            if same(given, b[2]):
                 return True
         return proportional(a, b)
     if a[0] in FLIP:
@@ -236,11 +267,19 @@ def same_relation(a, b):
 def same_residue(a, b):
     """5 (mod 7) is an answer 5, but as a gold it is every number with that residue."""
     if b[0] != "mod":
-        return same(a[1], b)
+        return is_residue(a) and same(a[1], b)
     if a[0] != "mod" or not same(a[2], b[2]):
         return False
     steps = value(("/", ("+", a[1], ("neg", b[1])), b[2]), Point(0))
     return isinstance(steps, Fraction) and steps.denominator == 1
+
+
+def is_residue(tree):
+    """5 (mod 7) is one, 204 (mod 5) is not."""
+    if variables(tree):
+        return True
+    residue, modulus = (value(part, Point(0)) for part in tree[1:])
+    return isinstance(residue, Fraction) and isinstance(modulus, Fraction) and abs(residue) < abs(modulus)
 
 
 def unnamed(a, b):
