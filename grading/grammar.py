@@ -180,7 +180,9 @@ class Parser:
             return text
         text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\{([^{}]*(?:\{[^{}]*\})?)\}$", r"\1", text)
-        plain = re.sub(r"^\\(?:sin|cos|tan|cot) ?(?=[A-Z\\])", "", text)                          # \sin A = 3/5
+        if re.fullmatch(r"\\frac\{[A-Z]{2,3}\}\{[A-Z]{2,3}\}", text):
+            return text                                            # of lengths: AB/CD = 2/3
+        plain = re.sub(r"^\\(?:sin|cos|tan|cot) ?[0-9]? ?(?=[A-Z\\])", "", text)                  # \sin A = 3/5
         if not all(is_name(part) for part in plain.split(":")):
             return ""
         return re.sub(r"_\{?\\?([^{}]*)\}?", r"_\1", text)
@@ -335,7 +337,7 @@ class Parser:
     def number(self, token):
         limit("bits", 4 * abs(int(re.split("[eE]", token + "e0")[1])))
         number = Fraction(token)
-        if "." in token and (self.peek() == r"\bar" or self.peek() == "(" and self.peek(2) == ")"):
+        if "." in token and (self.peek() in (r"\bar", r"\dot") or self.peek() == "(" and self.peek(2) == ")"):
             return ("num", number + self.period(token))
         if self.peek() == r"\frac" and token.isdigit() and self.peek(-2) != "^":
             back = self.at
@@ -498,6 +500,9 @@ class Parser:
 # ----------------------------------------------------------------------------------------------------- lists, relations
 def cases(rows):
     """A system of equations, or a function by pieces: rows of a value and its condition."""
+    pairs = [row[0][1:] if row[0][0] == "," and len(row) == 1 and len(row[0]) == 3 else row for row in rows]
+    if all(len(pair) == 2 and pair[0][0] != "=" for pair in pairs):
+        rows = pairs                                               # 1, n=1 \\ 2n, n>1
     if all(len(row) == 1 for row in rows):
         return listed(("\n", *(row[0] for row in rows)))
     if any(len(row) != 2 for row in rows):
@@ -653,7 +658,8 @@ def equation(sides, names, signs):
 
 def chain_value(sides, signs):
     """The value of a chain of equal ones: 10/4 = 5/2. A decimal at its end may be a rounding of the others:
-    ("either", exact, rounded); what is called near and is not is ("claim", exact, rounded)."""
+    ("either", exact, rounded); what is called near and is not, or is a number for a formula (v = \\sqrt{2gh} = 14), is
+    ("claim", first, last)."""
     exact = sides[0]
     for side, sign in zip(sides[1:], signs):
         if side == exact and len(sides) == 2:
@@ -662,7 +668,7 @@ def chain_value(sides, signs):
             continue
         if side is sides[-1] and rounding(side, exact):
             return ("either", exact, side)
-        if sign == r"\approx":
+        if sign == r"\approx" or variables(exact) and side is sides[-1] and not variables(side):
             return ("claim", exact, side)
         raise Unreadable("a chain of different values")
     return exact

@@ -98,6 +98,7 @@ COMMANDS |= table(r"\land", "wedge") | table(r"\lor", "vee") | table(r"\emptyset
 COMMANDS |= table(r"\bar", "overline") | table(r"\hat", "widehat") | table(r"\tilde", "widetilde")
 COMMANDS |= table(r"\vec", "overrightarrow") | table(r"\R", "Reals reals") | table("°", "degree textdegree")
 COMMANDS |= {"var" + name: "\\" + name for name in ("epsilon", "phi", "theta", "rho", "pi", "sigma")}
+COMMANDS |= table(" ", "pounds euro yen textdollar textcent cents")
 COMMANDS |= table(r"\mod", "pmod bmod mod pod") | table("'", "prime") | table("/", "slash")
 END = "(?![a-zA-Z])"
 COMMAND = re.compile(r"\\([a-zA-Z]+)")
@@ -142,6 +143,7 @@ def split_words(match):
     return ",".join(rf"\text{{{part.strip()}}}" for part in re.split(r",|;|\\land|\\lor", match[1]) if part.strip())
 
 
+CASES = r"\\begin{cases}\1\\end{cases}"
 FIRST_RULES = [
     # Null bytes and white space of any kind.
     (r"[\0\s]+", " "),
@@ -157,9 +159,14 @@ FIRST_RULES = [
     (r"\\(?:left|right)\s*\.", " "),
     # What takes space or colour: \hspace{1cm}, \color{red}{5}, \tag{1}, \phantom{0}.
     (r"\\(?:[hv]space|[hv]?phantom|(?:text)?color|colorbox|tag|label|style)\*? *\{[^{}]*\}", " "),
+    # A function by pieces or a system in an array with one brace: \left\{ \begin{array}{l} 1, n=1 \\ 2, n>1 \end{array} \right.
+    (r"\\\{ *\\begin *\{array\} *\{[lcr ]*\}((?:(?!\\end).)*)\\end *\{array\}(?! *\\right *\\\})", CASES),
     # Blackboard letters of number sets: \mathbb{R}, \mathbb Z.
     (r"\\mathbb *\{? *([RZNQC]) *\}?", r"\\\1 "),
     (r"\\mathbb" + END, r"\\mathbf"),
+    # Half of the line: \mathbb{R}^+, \mathbb{R}_{>0}, \mathbb{R}_{\ge 0}.
+    (r"\\R *(?:\^ *\{? *\+ *\}?|_ *\{? *(?:> *0|\+) *\}?)", r"(0,\\infty)"),
+    (r"\\R *_ *\{ *\\geq? *0 *\}", r"[0,\\infty)"),
     (" +", " "),
     # Empty groups hold a place: {}^\circ C.
     (r"(?<![_^a-zA-Z}\\])\{ *\}(?= *\^)", ""),
@@ -172,6 +179,8 @@ RULES = [
     (r"\\\{ *\\\}", r"\\emptyset "),
     # The word before a choice: \text{Option B}.
     (r"^ *\\text *\{ *(?i:option|choice|answer)[ :]*\(? *([A-J]) *\)? *\}", r"\1"),
+    # Words that say how well a number is known: \text{about } 5.
+    (r"^ *\\text *\{ *(?:about|around|approximately|approx\.?|roughly) *(\}?)", lambda m: "" if m[1] else r"\text{"),
     # Who speaks: "The answer is 5", n \text{ is prime}. Words that turn the meaning stay.
     (r"^ *(\\text *\{)?(?![^{}$=]*\b" + TURNING + r"\b)[a-zA-Z' -]*(\\text *\{ *)?"
      r"\b(?:is|are|answer|equals)\b[ :]*(\}?) *:?(?=.*[0-9a-zA-Z])", without_speaker),
@@ -240,6 +249,10 @@ RULES = [
     # Plain words are text, and a list of words is a list: Alice, Bob.
     (r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *([A-Z][a-z]{2}|[A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?) *(?=,|\\land|\\lor|$)",
      r"\\text{\1}"),
+    # Number sets in words: all real numbers except 2.
+    (r"\\text *\{ *(?i:all +real +numbers|all +reals) except *\} *([^,]+)$", r"\\R \\setminus \\{\1\\}"),
+    (r"\\text *\{ *(?i:all +real +numbers|all +reals|real +numbers) *\}", r"\\R "),
+    (r"\\text *\{ *(?i:all +integers) *\}", r"\\Z "),
     (r"\\text *\{((?:[^{},;\\]*(?:[,;]|\\land|\\lor))+[^{}]*)\}", split_words),
     (" +", " "),
 ]
@@ -274,6 +287,7 @@ def listing(*texts):
     return set(" ".join(texts).split())
 
 
+PREFIX_LETTERS = {*"kMGm"}
 PREFIXES = "da|[YZEPTGMkhdcmunpfaµμ]"
 # With a prefix or without: km, kHz, MeV, mol, dB, Mpc.
 METRIC = ("m|g|s|A|K|mol|cd|Hz|N|Pa|J|W|C|V|F|Ω|S|Wb|T|H|lm|lx|Bq|Gy|Sv|L|l|eV|bar|b|B|cal|pc|Da|M|dyn|ohm|Wh|yr"
@@ -345,18 +359,22 @@ def is_unit_text(text):
     signs = [piece for piece in pieces if not piece[0].isalpha() and piece[0] not in "^./()°-"]
     known = [is_unit_word(word) for word in words if word.lower() not in FILLERS]
     fillers = len(known) < len(words)
-    return not signs and all(known) and (bool(known) or fillers and words[-1].lower() in ("exact", "exactly", "total"))
+    return not signs and all(known) and (bool(known) or fillers and words[-1].lower() in ("exact", "exactly", "total", "approximately"))
 
 
 def is_unit(element, before, behind):
     """Is one element of an answer a unit, given the one before it and whether a unit is behind it?"""
     if element[0] == "\\":
         text = re.fullmatch(TEXT, element)
-        return is_unit_text(text[1]) if text else element in (r"\mu", r"\Omega")
+        if not text:
+            return element in (r"\mu", r"\Omega")
+        return is_unit_text(text[1]) or behind and text[1].strip() in PREFIX_LETTERS                 # \text{k}\Omega
     if element == "°":
         return behind                                             # 30 °C; in \sin 30° it counts
     if element in ("C", "F", "K"):
         return before == "°"
+    if element in FILLERS and len(element) > 3:
+        return behind                                             # 48 square inches
     return is_plain_unit(element)
 
 

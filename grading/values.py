@@ -469,11 +469,11 @@ def real_points(first, second, complex_, left_out=None):
     return all(others)
 
 
-def integer_points(first, second, largest):
-    """Do two functions agree wherever the variables are small whole numbers?"""
+def integer_points(first, second, largest=0):
+    """Do two functions agree wherever the variables are whole numbers: up to `largest`, or small, large and huge ones?"""
     counted = 0
     for number in range(INTEGER_POINTS):
-        point = Point(number, largest ** (1 + number // 8) if number % 2 else 10)
+        point = Point(number, largest or (10 if number % 2 else 300 ** (1 + number // 8)))
         try:
             equal, _ = agree_at(point, first, second)
         except (Undefined, ZeroDivisionError, ValueError):
@@ -536,10 +536,11 @@ def same_value(a, b):
     second = first if a == b else functools.partial(value, b)
     letters = stepped_letters(a) | stepped_letters(b)
     if needs_integers(a) or needs_integers(b):
-        return integer_points(first, second, 12)
+        series_ = contains(a, {"sum", "prod"}) or contains(b, {"sum", "prod"})
+        return integer_points(first, second, 12 if series_ else 0)
     if not letters:
         return everywhere(a, b, first, second)
-    if not integer_points(first, second, 300):
+    if not integer_points(first, second):
         return False
     if letters <= INTEGER_LETTERS or everywhere(a, b, first, second):
         return True

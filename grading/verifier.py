@@ -46,7 +46,7 @@ import threading
 import time
 from fractions import Fraction
 
-from grading.grammar import INTERVALS, STRUCTURES, Parser, TOKEN
+from grading.grammar import STRUCTURES, TOKEN, Parser, listed
 from grading.spelling import fold, is_wordy, normalise, split_qualifier, split_unit
 from grading.values import (FLIP, LIMITS, METER, TEXTS, TooBig, Undefined, Unknown, Unreadable, contains, limit, pieces,
                             proportional, same_pieces, same_value, sorted_tree, value, variables, Point)
@@ -84,6 +84,7 @@ def extract(response):
 Reading = collections.namedtuple("Reading", "trees functions doubtful")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)")
+DENOMINATOR = re.compile(r"/([A-Z][A-Za-z]|[a-z][A-Z])(?![A-Za-z(^_])")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
 
@@ -112,7 +113,7 @@ def read(text, functions=frozenset(), factors=frozenset()):
     r"""The trees that an answer may mean: 12,345 is a number, or else a list; a \pm b is two values."""
     trees, found, sure = [], set(), set(functions)
     failure = None
-    for reading in dict.fromkeys((ungrouped(text), text, SMALL_ARRAY.sub(r"\\binom{\1}{\2}", text))):
+    for reading in dict.fromkeys((ungrouped(text), text, DENOMINATOR.sub(r"/(\1)", text), SMALL_ARRAY.sub(r"\\binom{\1}{\2}", text))):
         try:
             items = []
             for signed in signs_of(reading):
@@ -127,7 +128,7 @@ def read(text, functions=frozenset(), factors=frozenset()):
         except tuple(FAILURES) as error:
             failure = failure or error
             continue
-        trees.append(("set", *dict.fromkeys(items)) if PLUS_MINUS.search(reading) else tree)
+        trees.append(listed((",", *dict.fromkeys(items))) if PLUS_MINUS.search(reading) else tree)
     if not trees:
         raise failure
     return Reading(trees, frozenset(found), frozenset(found - sure))
@@ -195,6 +196,8 @@ def same(a, b):
         return True
     if a[0] == "either":
         return same(a[1], b) or same(a[2], b)
+    if a[0] == "claim":
+        return bool(variables(a[1])) and same(a[2], b)             # v = \sqrt{2gh} = 14 is 14
     if b[0] in ("either", "claim"):
         return same(a, b[1]) or same(a, b[2])
     if a[0] in FLIP or b[0] in FLIP:
@@ -224,7 +227,8 @@ def same(a, b):
 
 COORDINATES = {"x", "y", "z"}
 ARGUMENT = re.compile(r"[a-zA-Z]\(([a-z])\)")                      # f(n) = n is f(x) = x
-TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot)")
+# \cos A = 1/2 is not A = 1/2, y' = x not y = x.
+PART_OF_MEANING = re.compile(r"\\(?:sin|cos|tan|cot|dot|ddot|frac)(?![a-z])|'")
 WIDE_NAME = re.compile(r"[A-Z]{2,3}")
 
 
@@ -236,8 +240,8 @@ def same_names(a, b):
         return bool(first)
     if not first or not second or "+" in first + second or {first, second} <= COORDINATES:
         return False
-    if TRIGONOMETRIC.match(first) or TRIGONOMETRIC.match(second):
-        return False                                               # \cos A = 1/2 is not A = 1/2
+    if PART_OF_MEANING.search(first) or PART_OF_MEANING.search(second):
+        return False
     return not variables(b[2]) or not WIDE_NAME.fullmatch(first) and not WIDE_NAME.fullmatch(second)
 
 
