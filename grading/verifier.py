@@ -1,10 +1,12 @@
 """Is this answer right?
 
     verify(response, answer)             -> Verdict(correct, status, predicted)
-    verify_many([(response, answer), …]) -> [Verdict, …] in order, judged in worker processes that can be killed
+    verify_many([(response, answer), …]) -> [Verdict, …] in order, judged in worker processes that
+    can be killed
 
-`answer` is the gold answer, or a list of golds of which any will do. `correct` is True, False, or None: the gold cannot
-be read or the judge failed, so nothing is known, and that is not False. `status` says how the verdict came about:
+`answer` is the gold answer, or a list of golds of which any will do. `correct` is True, False, or
+None: the gold cannot be read or the judge failed, so nothing is known, and that is not False.
+`status` says how the verdict came about:
     ok                                         an answer was read and judged
     no_think_end                               False: no </think>, so the response never came to an answer
     no_box unbalanced_box empty_box too_long   False: nothing to judge in the last \\boxed{} or \\fbox{} after </think>
@@ -12,23 +14,32 @@ be read or the judge failed, so nothing is known, and that is not False. `status
     gold_unparsed                              None: the gold cannot be read, has no value, or passes a limit
     timeout crashed                            None: a worker process hung or died on this pair, twice
 
-What counts as equal. The answer is normalised (Unicode, spaces, fonts, `$`), parsed, and compared by structure.
-Expressions are compared as numbers: rationals exactly, others by whether the difference vanishes as the precision
-grows, variables at random points.
-  - A number equals only itself: 1/2 = 0.5 = 5e-1, 1\\frac{4}{5} = 9/5, 0.\\overline{3} = 1/3; but 0.33 is not 1/3.
+What counts as equal. The answer is normalised (Unicode, spaces, fonts, `$`), parsed, and compared
+by structure. Expressions are compared as numbers: rationals exactly, others by whether the
+difference vanishes as the precision grows, variables at random points.
+  - A number equals only itself: 1/2 = 0.5 = 5e-1, 1\\frac{4}{5} = 9/5, 0.\\overline{3} = 1/3; but
+  0.33 is not 1/3.
     `N%` equals N and N/100. `12,345` is a number, or else two; `12, 345` is two.
-  - Units, currency and degree signs are dropped, not converted: 5 cm = 5 m = 5. In \\sin 30^\\circ the degree counts.
-  - `x = 5`, `x \\in A`, `f(x) = 5` give their right side; `x = x` gives nothing. `q = 2, p = 5` is (5, 2), by name.
-  - Lists, {…}, unions and ± are unordered and equal in size: `204 or 205` is not 204. (…) and […] are ordered, and
+  - Units, currency and degree signs are dropped, not converted: 5 cm = 5 m = 5. In \\sin 30^\\circ
+  the degree counts.
+  - `x = 5`, `x \\in A`, `f(x) = 5` give their right side; `x = x` gives nothing. `q = 2, p = 5` is
+  (5, 2), by name.
+  - Lists, {…}, unions and ± are unordered and equal in size: `204 or 205` is not 204. (…) and […]
+  are ordered, and
     their kind counts.
-  - x < 2 is (-oo, 2). Matrices go by element; a : b and h:mm by part, unreduced; 204_5 by digits and base.
-  - Equations are equal if their `left - right` are in a constant ratio; so are inequalities, if its sign fits.
-  - Words are equal if their letters are, in either case. \\log is \\ln. An odd root of a negative number is real.
-  - Variables are real: \\sqrt{x^2} is |x|, not x; but \\ln x^2 = 2 \\ln x, since only points count where both are real.
+  - x < 2 is (-oo, 2). Matrices go by element; a : b and h:mm by part, unreduced; 204_5 by digits
+  and base.
+  - Equations are equal if their `left - right` are in a constant ratio; so are inequalities, if its
+  sign fits.
+  - Words are equal if their letters are, in either case. \\log is \\ln. An odd root of a negative
+  number is real.
+  - Variables are real: \\sqrt{x^2} is |x|, not x; but \\ln x^2 = 2 \\ln x, since only points count
+  where both are real.
 
-The answer is hostile text. Nothing of it is executed. Every size, exponent and the work as a whole are limited by count
-(LIMITS in grammar.py), not by a clock, so a verdict does not depend on the machine. The worker processes, with a memory
-limit and a deadline, are the second wall. The grammar and the arithmetic are in grammar.py.
+The answer is hostile text. Nothing of it is executed. Every size, exponent and the work as a whole
+are limited by count (LIMITS in grammar.py), not by a clock, so a verdict does not depend on the
+machine. The worker processes, with a memory limit and a deadline, are the second wall. The grammar
+and the arithmetic are in grammar.py.
 """
 import atexit
 import collections
@@ -55,7 +66,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 Verdict = collections.namedtuple("Verdict", "correct status predicted")
 
 
-# ----------------------------------------------------------------------------------------------------------- 1. extract
+# --------------------------------------------------------------------------------------- 1. extract
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 
 
@@ -80,7 +91,7 @@ def extract(response):
     return (None, "too_long") if len(predicted) > LIMITS["answer"] else (predicted, None)
 
 
-# --------------------------------------------------------------------------------------------------------------- 2. read
+# ------------------------------------------------------------------------------------------ 2. read
 Reading = collections.namedtuple("Reading", "trees functions doubtful")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)")
@@ -97,7 +108,8 @@ def ungrouped(text):
 
 
 def signs_of(text):
-    r"""The texts that a \pm b stands for: two, each sign tied to that of any \mp; without a \mp the signs are free."""
+    r"""The texts that a \pm b stands for: two, each sign tied to that of any \mp; without a \mp the
+    signs are free."""
     pieces_, marks = PLUS_MINUS.split(text)[::2], PLUS_MINUS.split(text)[1::2]
     free = 1 if "mp" in marks else len(marks)
     limit("items", 2 ** free)
@@ -110,7 +122,8 @@ def signs_of(text):
 
 @functools.lru_cache(4096)
 def read(text, functions=frozenset(), factors=frozenset()):
-    r"""The trees that an answer may mean: 12,345 is a number, or else a list; a \pm b is two values."""
+    r"""The trees that an answer may mean: 12,345 is a number, or else a list; a \pm b is two
+    values."""
     trees, found, sure = [], set(), set(functions)
     failure = None
     for reading in dict.fromkeys((ungrouped(text), text, DENOMINATOR.sub(r"/(\1)", text), SMALL_ARRAY.sub(r"\\binom{\1}{\2}", text))):
@@ -119,7 +132,7 @@ def read(text, functions=frozenset(), factors=frozenset()):
             for signed in signs_of(reading):
                 parser = Parser(signed, functions, factors)
                 tree = parser.whole()
-                if not parser.sure <= functions:                    # u(t) - u(t-1): a function in both places
+                if not parser.sure <= functions:  # u(t) - u(t-1): a function in both places
                     parser = Parser(signed, functions | parser.sure, factors)
                     tree = parser.whole()
                 found |= parser.applied
@@ -141,10 +154,11 @@ Gold = collections.namedtuple("Gold", "text trees functions letters doubtful par
 
 @functools.lru_cache(4096)
 def understand(text):
-    """What a gold means, decided once for both sides: its trees, which letters are functions and which are variables."""
+    """What a gold means, decided once for both sides: its trees, which letters are functions and
+    which are variables."""
     clock = CLOCK.fullmatch(text)
     if clock and clock[4]:
-        text = text[:clock.start(4)].partition("\\")[0]             # 7:55 p.m.; same_time() knows the rest
+        text = text[:clock.start(4)].partition("\\")[0]  # 7:55 p.m.; same_time() knows the rest
     text = split_unit(split_qualifier(text)[0])[0]
     reading = read(text)
     trees, too_big, failure = [], False, None
@@ -189,7 +203,7 @@ def check(tree):
         same_value(tree, tree)
 
 
-# -------------------------------------------------------------------------------------------------------------- 3. judge
+# ----------------------------------------------------------------------------------------- 3. judge
 def same(a, b):
     """Are two trees the same answer? `b` is the gold."""
     if a == b:
@@ -233,8 +247,8 @@ WIDE_NAME = re.compile(r"[A-Z]{2,3}")
 
 
 def same_names(a, b):
-    """May two named values be the same? Names differ freely (v = 5, v_0 = 5), but x = 5 is not y = 5, and PV = nRT not
-    P = nRT."""
+    """May two named values be the same? Names differ freely (v = 5, v_0 = 5), but x = 5 is not y =
+    5, and PV = nRT not P = nRT."""
     first, second = a[3], b[3]
     if first == second:
         return bool(first)
@@ -253,7 +267,8 @@ def renamed(tree, old, new):
 
 
 def same_relation(a, b):
-    """y = 2x against 2x - y = 0, or against 2x; m + n = 5 is an answer 5, but as a gold it is a line."""
+    """y = 2x against 2x - y = 0, or against 2x; m + n = 5 is an answer 5, but as a gold it is a
+    line."""
     if a[0] in FLIP and b[0] in FLIP:
         if a[0] == b[0] == "=" and same_names(a, b):
             letters = ARGUMENT.fullmatch(a[3]), ARGUMENT.fullmatch(b[3])
@@ -317,8 +332,8 @@ def contains_dots(tree):
 
 
 def same_sequence(a, b):
-    """A gold with an ellipsis: right if the answer shows the same items, wrong if it begins or ends otherwise or is
-    shorter than what the gold shows, else unknown."""
+    """A gold with an ellipsis: right if the answer shows the same items, wrong if it begins or ends
+    otherwise or is shorter than what the gold shows, else unknown."""
     items = a[1:] if a[0] in STRUCTURES else (a,)
     shown = [item for item in b[1:] if item != ("dots",)]
     if a[0] not in (b[0], "set", "()") or ("dots",) not in items and len(items) <= len(shown):
@@ -357,7 +372,8 @@ CLOCK = re.compile(r"([0-9]{1,2}) *: *([0-9]{2})(?: *: *([0-9]{2}))? *(?:\\text 
 
 
 def same_time(p, g):
-    """Times of the day, one of them with a.m. or p.m.: 3:00 p.m. is 15:00 or 3:00, not 3:00 a.m. None if they are not."""
+    """Times of the day, one of them with a.m. or p.m.: 3:00 p.m. is 15:00 or 3:00, not 3:00 a.m.
+    None if they are not."""
     first, second = CLOCK.fullmatch(p), CLOCK.fullmatch(g)
     if not first or not second or not (first[4] or second[4]):
         return None
@@ -390,7 +406,8 @@ def judge_text(p, g):
 
 
 def judge(predicted, gold):
-    """(correct, status) of an extracted answer against one gold; of no answer (None): can the gold be judged?"""
+    """(correct, status) of an extracted answer against one gold; of no answer (None): can the gold
+    be judged?"""
     METER.restart()
     if predicted is None:
         return judge_gold(gold)
@@ -428,7 +445,8 @@ def judge_gold(gold):
 
 
 def equal(p, gold):
-    """Does a normalised answer say what the gold says? Its letters are what they are in the gold."""
+    """Does a normalised answer say what the gold says? Its letters are what they are in the
+    gold."""
     body = split_qualifier(p)[0]
     number, unit = split_unit(body)
     if unit and not set(re.findall("[a-zA-Z]", unit)) & gold.letters:
@@ -439,7 +457,7 @@ def equal(p, gold):
     if any(same(a, b) for a in answer.trees for b in gold.trees):
         return True
     doubtful = gold.doubtful | answer.doubtful
-    if doubtful:                                                    # h(a+b): a function, or a product after all?
+    if doubtful:  # h(a+b): a function, or a product after all?
         factors = gold.letters | doubtful
         products = read(gold.text, gold.functions - doubtful, factors).trees
         if any(same(a, b) for a in read(body, gold.functions - doubtful, factors).trees for b in products):
@@ -448,7 +466,8 @@ def equal(p, gold):
 
 
 def judge_any(predicted, golds):
-    """Right if it is any of the golds; unknown if it is none of them and one could not be judged."""
+    """Right if it is any of the golds; unknown if it is none of them and one could not be
+    judged."""
     verdicts = [judge(predicted, gold) for gold in golds]
     return next((v for wanted in (True, None, False) for v in verdicts if v[0] is wanted), (None, "gold_unparsed"))
 
@@ -478,9 +497,10 @@ def verify(response, answer):
     return Verdict(*(judge_any(predicted, golds_of(answer)) if known is None else (known, "ok")), predicted)
 
 
-# ----------------------------------------------------------------------------- 4. many, in processes that can be killed
+# --------------------------------------------------------- 4. many, in processes that can be killed
 class Work:
-    """What a worker is busy with: the places of the pairs that it has not judged, a half-read line, a deadline."""
+    """What a worker is busy with: the places of the pairs that it has not judged, a half-read line,
+    a deadline."""
 
     def __init__(self, chunk, seconds):
         self.pending = collections.deque(chunk)
@@ -498,10 +518,11 @@ class Work:
 
 
 class Pool:
-    """Worker processes that stay alive between calls. Each is a fresh Python with a clean environment (nothing of
-    torchrun, of CUDA, of a preloaded library), a memory limit and no torch, that answers pair by pair: so it is known
-    at which pair it was. One that dies, or is longer than `seconds` at a pair, is killed; that pair is tried again
-    alone, and only if it fails twice is it the guilty one. No other pair is lost."""
+    """Worker processes that stay alive between calls. Each is a fresh Python with a clean
+    environment (nothing of torchrun, of CUDA, of a preloaded library), a memory limit and no torch,
+    that answers pair by pair: so it is known at which pair it was. One that dies, or is longer than
+    `seconds` at a pair, is killed; that pair is tried again alone, and only if it fails twice is it
+    the guilty one. No other pair is lost."""
 
     KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "SYSTEMROOT", "TMPDIR")
 
@@ -557,7 +578,7 @@ class Pool:
                         self.stop(worker)
                         queue.extend(retries(work.pending, status, failures, verdicts))
             finally:
-                for worker in busy:                                # only after an exception: nobody reads their answers
+                for worker in busy:  # only after an exception: nobody reads their answers
                     self.stop(worker)
         return verdicts
 
@@ -568,11 +589,12 @@ class Pool:
             worker.stdin.write(json.dumps(pairs).encode() + b"\n")
             worker.stdin.flush()
         except BrokenPipeError:
-            pass                                                   # it died since the last call: receive() reads its end
+            pass  # it died since the last call: receive() reads its end
         return worker
 
     def receive(self, selector, busy, verdicts):
-        """Wait for answers, and note them; [(worker, status)…] of those that are done, crashed or too slow."""
+        """Wait for answers, and note them; [(worker, status)…] of those that are done, crashed or
+        too slow."""
         ended = []
         soonest = min(work.deadline for work in busy.values())
         for key, _ in selector.select(max(0.0, soonest - time.monotonic())):
@@ -593,8 +615,8 @@ class Pool:
 
 
 def retries(pending, status, failures, verdicts):
-    """The chunks to try again after a worker was lost at the first of its pending pairs: the others together, and that
-    one alone, unless it is the second time."""
+    """The chunks to try again after a worker was lost at the first of its pending pairs: the others
+    together, and that one alone, unless it is the second time."""
     guilty, *others = pending
     failures[guilty] += 1
     if failures[guilty] == 2:
@@ -613,11 +635,11 @@ def n_cores():
 
 
 def verify_many(pairs, workers=None, pool=POOL):
-    """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are judged once; what
-    takes more than a comparison of strings or plain numbers goes to `workers` processes (default: the cores, at most
-    8; 0: this process)."""
+    """verify() for an iterable of (response, answer), in order. Equal (predicted, answer) pairs are
+    judged once; what takes more than a comparison of strings or plain numbers goes to `workers`
+    processes (default: the cores, at most 8; 0: this process)."""
     verdicts = []
-    places = collections.defaultdict(list)                         # (predicted, golds) -> where it stands
+    places = collections.defaultdict(list)  # (predicted, golds) -> where it stands
     for response, answer in pairs:
         golds = golds_of(answer)
         predicted, status = extract(response)
@@ -642,9 +664,9 @@ def judge_jobs(jobs, workers=None, pool=POOL):
 
 
 def unreadable_golds(answers, workers=None, pool=POOL):
-    """The answers (as given, in order; each a gold or a list of golds) that cannot be judged: a gold of theirs cannot
-    be read, has no value, passes a limit, or is read only in part (text inside an expression, an ellipsis), so that a
-    wrong response to it would be unknown."""
+    """The answers (as given, in order; each a gold or a list of golds) that cannot be judged: a
+    gold of theirs cannot be read, has no value, passes a limit, or is read only in part (text
+    inside an expression, an ellipsis), so that a wrong response to it would be unknown."""
     distinct = list(dict.fromkeys(gold for answer in answers for gold in golds_of(answer)))
     # A gold and no answer: the worker says whether the gold can be judged.
     verdicts = dict(zip(distinct, judge_jobs([(None, (gold,)) for gold in distinct], workers, pool)))
@@ -652,9 +674,10 @@ def unreadable_golds(answers, workers=None, pool=POOL):
             if not golds_of(answer) or any(verdicts[gold][0] is not True for gold in golds_of(answer))]
 
 
-# -------------------------------------------------------------------------------------------------- 5. the worker's side
+# ----------------------------------------------------------------------------- 5. the worker's side
 def requests(parent):
-    """Lines from standard input until it ends, or until the parent is gone while others keep its end of the pipe."""
+    """Lines from standard input until it ends, or until the parent is gone while others keep its
+    end of the pipe."""
     data = b""
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
@@ -669,8 +692,9 @@ def requests(parent):
 
 
 def serve(megabytes, limits, parent):
-    """A worker: lines of JSON [[predicted, golds]…] in, a line [correct, status] out for each pair as it is judged."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                   # Ctrl-C is for the parent, which decides
+    """A worker: lines of JSON [[predicted, golds]…] in, a line [correct, status] out for each pair
+    as it is judged."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which decides
     LIMITS.update(limits)
     sys.setrecursionlimit(max(1_000, min(10 * LIMITS["depth"], 10**8)))
     size = megabytes << 20
@@ -683,7 +707,7 @@ def serve(megabytes, limits, parent):
                 print(json.dumps(judge_any(predicted, golds)), flush=True)
     except BrokenPipeError:                                        # the parent is gone
         os._exit(0)
-    except MemoryError:                                            # the state is not to be trusted any more
+    except MemoryError:  # the state is not to be trusted any more
         sys.exit(f"error: a verifier process went over its {megabytes} MB, and is replaced")
 
 
