@@ -52,8 +52,10 @@ STRUCTURES = {"set", "union", "setminus", "named", ":", "base", "chain", "cases"
 STRUCTURES |= INTERVALS | {r"\langle\rangle"}
 TWO = ("num", Fraction(2))
 # The name of a value: x, AB, \theta, \vec{v}, x_1, f(x), |AB|, and (as an answer) m+n.
-MARKED = r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})"
-NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
+MARKED = (r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *"
+          r"(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})")
+NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)"
+                  r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
                   r"'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
 # Letters that are functions even before a sum, f(x+1); another one is a factor there: n(n+1).
 FUNCTION_LETTERS = {*"fghFGH", r"\phi", r"\psi", r"\Phi", r"\Psi", r"\Gamma"}
@@ -371,7 +373,7 @@ class Parser:
             raise Unreadable("a bar over no digits")
         return Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(token.split(".")[1]))
 
-  # ------------------------------------------------------------------------------------------------------- commands
+    # Commands.
     def command(self, token):
         name = token[1:]
         if name == "frac":

@@ -126,8 +126,8 @@ POWER_OF_TEN = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 TENS = "|".join(POWER_OF_TEN)
 # Words before "is" that make the rest another answer than it looks: "no number is 204".
 TURNING = "(?i:" + "|".join("""no not none never nor or and if when unless neither either but less
-    more than least most below above under over minus negative half twice double except between without
-    wrong incorrect false cannot""".split()) + ")"
+    more than least most below above under over minus negative half twice double except between
+    without wrong incorrect false cannot""".split()) + ")"
 # Where an item of a list begins and ends.
 ITEM = r"(?:^|(?<=,)|(?<=\\land )|(?<=\\lor )) *"
 ITEM_END = r" *(?=,|\\land|\\lor|$)"

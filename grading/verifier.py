@@ -1,45 +1,50 @@
-"""Is this answer right?
+r"""Is this answer right?
 
     verify(response, answer)             -> Verdict(correct, status, predicted)
-    verify_many([(response, answer), …]) -> [Verdict, …] in order, judged in worker processes that
-    can be killed
+    verify_many([(response, answer), …]) -> [Verdict, …] in order, judged in worker processes
+    unreadable_golds([answer, …])        -> [answer, …] that no response can be judged against
 
 `answer` is the gold answer, or a list of golds of which any will do. `correct` is True, False, or
-None: the gold cannot be read or the judge failed, so nothing is known, and that is not False.
-`status` says how the verdict came about:
-    ok                                         an answer was read and judged
-    no_think_end                               False: no </think>, so the response never came to an answer
-    no_box unbalanced_box empty_box too_long   False: nothing to judge in the last \\boxed{} or \\fbox{} after </think>
-    unparsed undefined too_big                 False: the answer cannot be read, has no value (1/0), or passes a limit
-    gold_unparsed                              None: the gold cannot be read, has no value, or passes a limit
-    timeout crashed                            None: a worker process hung or died on this pair, twice
+None: the gold cannot be read, the two cannot be told apart, or the judge failed; nothing is known,
+and that is not False. `status` says how the verdict came about:
+    ok              an answer was read and judged
+    no_think_end    False: no </think>, so the response never came to an answer
+    no_box unbalanced_box empty_box too_long
+                    False: nothing to judge in the last \boxed{} or \fbox{} after </think>
+    unparsed undefined too_big
+                    False: the answer cannot be read, has no value (1/0), or passes a limit
+    gold_unparsed   None: the gold cannot be read, has no value, or passes a limit
+    unknown         None: the gold is read in part (an ellipsis, text in an expression), or a letter
+                    may be a function or a factor, or two numbers are too near to be told apart
+    timeout crashed None: a worker process hung or died on this pair, twice
 
-What counts as equal. The answer is normalised (Unicode, spaces, fonts, `$`), parsed, and compared
-by structure. Expressions are compared as numbers: rationals exactly, others by whether the
-difference vanishes as the precision grows, variables at random points.
-  - A number equals only itself: 1/2 = 0.5 = 5e-1, 1\\frac{4}{5} = 9/5, 0.\\overline{3} = 1/3; but
-  0.33 is not 1/3.
-    `N%` equals N and N/100. `12,345` is a number, or else two; `12, 345` is two.
-  - Units, currency and degree signs are dropped, not converted: 5 cm = 5 m = 5. In \\sin 30^\\circ
-  the degree counts.
-  - `x = 5`, `x \\in A`, `f(x) = 5` give their right side; `x = x` gives nothing. `q = 2, p = 5` is
-  (5, 2), by name.
+What counts as equal. The answer is spelled in one way (spelling.py), parsed (grammar.py), and
+compared by structure; expressions as numbers (values.py).
+  - A number equals only itself: 1/2 = 0.5 = 5e-1, 1\frac{4}{5} = 9/5, 0.\overline{3} = 1/3; but
+    0.33 is not 1/3. `N%` equals N and N/100. `12,345` is a number, or else two; `12, 345` is two.
+  - Declared units, currency and degree signs are dropped, not converted: 5 cm = 5 m = 5. Any other
+    word makes the answer another one: 3 tenths, 204 lakh, 204 plus one. A letter that is a variable
+    of the gold is none of its units. In \sin 30^\circ the degree counts.
+  - `x = 5`, `x \in A`, `f(x) = 5` give their right side; `x = x` gives nothing; x = 5 is not y = 5.
+    A chain gives its value if all its members have it; `22/7 \approx 3.14` gives both if the one is
+    a rounding of the other to three figures at least. `q = 2, p = 5` is (5, 2), by name.
   - Lists, {…}, unions and ± are unordered and equal in size: `204 or 205` is not 204. (…) and […]
-  are ordered, and
-    their kind counts.
-  - x < 2 is (-oo, 2). Matrices go by element; a : b and h:mm by part, unreduced; 204_5 by digits
-  and base.
-  - Equations are equal if their `left - right` are in a constant ratio; so are inequalities, if its
-  sign fits.
-  - Words are equal if their letters are, in either case. \\log is \\ln. An odd root of a negative
-  number is real.
-  - Variables are real: \\sqrt{x^2} is |x|, not x; but \\ln x^2 = 2 \\ln x, since only points count
-  where both are real.
+    are ordered, and their kind counts. (1)(3)(4) is a list of statements.
+  - x < 2 is (-oo, 2); sets of reals are equal if their sorted pieces are. Matrices go by element;
+    a : b and h:mm by part, unreduced; 204_5 by digits and base. 5 \pmod 7 is an answer 5.
+  - Equations are equal if they have the same variables and their `left - right` are in a constant
+    ratio at three points at least where both are real; so are inequalities, if its sign fits.
+  - f(0), I(t) are values of a function, not products; n(n+1) is a product. Where h(a+b) may be
+    either and that decides, the verdict is unknown.
+  - Words are equal if their letters are, in either case; \text{(C) } 12 is the choice C. \log is
+    \ln. An odd root of a negative number is real.
+  - Variables are real: \sqrt{x^2} is |x|, not x; but \ln x^2 = 2 \ln x, since only points count
+    where both are real. Inside floors, and in (-1)^n, n!! and sums up to n, they are whole numbers.
+  - "for all x", "where c is a constant", "k \in Z" behind an answer are dropped.
 
 The answer is hostile text. Nothing of it is executed. Every size, exponent and the work as a whole
-are limited by count (LIMITS in grammar.py), not by a clock, so a verdict does not depend on the
-machine. The worker processes, with a memory limit and a deadline, are the second wall. The grammar
-and the arithmetic are in grammar.py.
+are limited by count (LIMITS in values.py), not by a clock, so a verdict does not depend on the
+machine. The worker processes, with a memory limit and a deadline, are the second wall.
 """
 import atexit
 import collections
@@ -59,8 +64,9 @@ from fractions import Fraction
 
 from grading.grammar import STRUCTURES, TOKEN, Parser, listed
 from grading.spelling import fold, is_wordy, normalise, split_qualifier, split_unit
-from grading.values import (FLIP, LIMITS, METER, TEXTS, TooBig, Undefined, Unknown, Unreadable, contains, limit, pieces,
-                            proportional, same_pieces, same_value, sorted_tree, value, variables, Point)
+from grading.values import (FLIP, LIMITS, METER, TEXTS, Point, TooBig, Undefined, Unknown,
+                            Unreadable, contains, limit, pieces, proportional, same_pieces,
+                            same_value, sorted_tree, value, variables)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 Verdict = collections.namedtuple("Verdict", "correct status predicted")
@@ -80,7 +86,8 @@ def extract(response):
     for match in BOX.finditer(tail):
         if match[0] == "}" and is_box:
             start = is_box.pop()
-            last = (start, match.start()) if start >= 0 else last  # an outer box closes last, and wins
+            if start >= 0:
+                last = (start, match.start())  # an outer box closes last, and wins
         elif match[0][-1] == "{" and len(match[0]) != 2:
             is_box.append(match.end() if len(match[0]) > 1 else -1)
     if max(is_box, default=-1) > last[0]:
@@ -94,7 +101,8 @@ def extract(response):
 # ------------------------------------------------------------------------------------------ 2. read
 Reading = collections.namedtuple("Reading", "trees functions doubtful")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)")
+SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}"
+                         r"([^&\n\\]*)\n([^&\n\\]*)\\end *\{array\} *\)")
 DENOMINATOR = re.compile(r"/([A-Z][A-Za-z]|[a-z][A-Z])(?![A-Za-z(^_])")
 PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 
@@ -126,7 +134,9 @@ def read(text, functions=frozenset(), factors=frozenset()):
     values."""
     trees, found, sure = [], set(), set(functions)
     failure = None
-    for reading in dict.fromkeys((ungrouped(text), text, DENOMINATOR.sub(r"/(\1)", text), SMALL_ARRAY.sub(r"\\binom{\1}{\2}", text))):
+    readings = (ungrouped(text), text, DENOMINATOR.sub(r"/(\1)", text),
+                SMALL_ARRAY.sub(r"\\binom{\1}{\2}", text))
+    for reading in dict.fromkeys(readings):
         try:
             items = []
             for signed in signs_of(reading):
@@ -147,8 +157,11 @@ def read(text, functions=frozenset(), factors=frozenset()):
     return Reading(trees, frozenset(found), frozenset(found - sure))
 
 
-FAILURES = {Unreadable: "unparsed", Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
-            TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big"}
+FAILURES = {
+    Unreadable: "unparsed",
+    Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
+    TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big",
+}
 Gold = collections.namedtuple("Gold", "text trees functions letters doubtful partial too_big")
 
 
@@ -175,13 +188,15 @@ def understand(text):
         raise failure
     letters = frozenset().union(*(variables(tree) for tree in trees))
     partial = any(tree[0] != "word" and has_text(tree) for tree in trees)
-    return Gold(text, trees, reading.functions, letters - reading.functions, reading.doubtful, partial, too_big)
+    return Gold(text, trees, reading.functions, letters - reading.functions, reading.doubtful,
+                partial, too_big)
 
 
 def has_text(tree):
     """Is there text inside an expression, which can be compared by its spelling only?"""
     if tree[0] in STRUCTURES or tree[0] in ("named", "chain"):
-        return any(part[0] != "word" and has_text(part) for part in tree[1:] if isinstance(part, tuple))
+        parts = [part for part in tree[1:] if isinstance(part, tuple)]
+        return any(part[0] != "word" and has_text(part) for part in parts)
     if tree[0] == "=" and tree[3]:
         return tree[2][0] != "word" and has_text(tree[2])
     return contains(tree, TEXTS)
@@ -298,7 +313,9 @@ def is_residue(tree):
     if variables(tree):
         return True
     residue, modulus = (value(part, Point(0)) for part in tree[1:])
-    return isinstance(residue, Fraction) and isinstance(modulus, Fraction) and abs(residue) < abs(modulus)
+    if not isinstance(residue, Fraction) or not isinstance(modulus, Fraction):
+        return False
+    return abs(residue) < abs(modulus)
 
 
 def unnamed(a, b):
@@ -356,7 +373,8 @@ def differ_from_start(first, second):
 
 
 CHOICE = re.compile(r"\(? *([A-J]) *\)?")
-CHOICE_AND_TEXT = re.compile(r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])(?P<text>.*)", re.S)
+CHOICE_AND_TEXT = re.compile(
+    r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])(?P<text>.*)", re.S)
 OTHER_CHOICE = re.compile(r"\(? *\b[A-J] *[).]|\\l?or\b|\\land\b|,|\b(?:or|and|not|nor|but)\b")
 
 
@@ -368,7 +386,8 @@ def choice(text):
     return found[1] or found[2]
 
 
-CLOCK = re.compile(r"([0-9]{1,2}) *: *([0-9]{2})(?: *: *([0-9]{2}))? *(?:\\text *\{ *)?([ap]\.? *m)?\.? *\}?", re.I)
+CLOCK = re.compile(r"([0-9]{1,2}) *: *([0-9]{2})(?: *: *([0-9]{2}))? *"
+                   r"(?:\\text *\{ *)?([ap]\.? *m)?\.? *\}?", re.I)
 
 
 def same_time(p, g):
@@ -395,7 +414,9 @@ def spelled(text):
 
 def judge_text(p, g):
     """True or False if two normalised answers can be judged by their text; else None."""
-    if p and (p == g or spelled(p) == spelled(g) or (is_wordy(p) or is_wordy(g)) and fold(p) == fold(g)):
+    if p and (p == g or spelled(p) == spelled(g)):
+        return True
+    if p and (is_wordy(p) or is_wordy(g)) and fold(p) == fold(g):
         return True
     wanted = CHOICE.fullmatch(g)
     if (wanted or choice(g)) and CHOICE.fullmatch(p):
@@ -460,7 +481,8 @@ def equal(p, gold):
     if doubtful:  # h(a+b): a function, or a product after all?
         factors = gold.letters | doubtful
         products = read(gold.text, gold.functions - doubtful, factors).trees
-        if any(same(a, b) for a in read(body, gold.functions - doubtful, factors).trees for b in products):
+        answers = read(body, gold.functions - doubtful, factors).trees
+        if any(same(a, b) for a in answers for b in products):
             raise Unknown("a letter that is a function or a factor")
     return False
 
@@ -469,7 +491,11 @@ def judge_any(predicted, golds):
     """Right if it is any of the golds; unknown if it is none of them and one could not be
     judged."""
     verdicts = [judge(predicted, gold) for gold in golds]
-    return next((v for wanted in (True, None, False) for v in verdicts if v[0] is wanted), (None, "gold_unparsed"))
+    for wanted in (True, None, False):
+        for verdict in verdicts:
+            if verdict[0] is wanted:
+                return verdict
+    return None, "gold_unparsed"
 
 
 def golds_of(answer):
@@ -483,7 +509,8 @@ def quick(predicted, golds):
     """The cheap cases, which are most of the traffic: True, False, or None if it takes more."""
     if predicted in golds:
         return True
-    if not golds or not all(len(text) < 50 and NUMBER.fullmatch(text) for text in (predicted, *golds)):
+    texts = (predicted, *golds)
+    if not golds or not all(len(text) < 50 and NUMBER.fullmatch(text) for text in texts):
         return None
     return any(Fraction(predicted) == Fraction(gold) for gold in golds)
 
@@ -494,7 +521,9 @@ def verify(response, answer):
     if status:
         return Verdict(False, status, None)
     known = quick(predicted, golds_of(answer))
-    return Verdict(*(judge_any(predicted, golds_of(answer)) if known is None else (known, "ok")), predicted)
+    if known is not None:
+        return Verdict(known, "ok", predicted)
+    return Verdict(*judge_any(predicted, golds_of(answer)), predicted)
 
 
 # --------------------------------------------------------- 4. many, in processes that can be killed
@@ -524,7 +553,8 @@ class Pool:
     `seconds` at a pair, is killed; that pair is tried again alone, and only if it fails twice is it
     the guilty one. No other pair is lost."""
 
-    KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "SYSTEMROOT", "TMPDIR")
+    KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH",
+            "SYSTEMROOT", "TMPDIR")
 
     def __init__(self, seconds=20, megabytes=512, limits=None):
         self.seconds = seconds
@@ -534,11 +564,13 @@ class Pool:
 
     def start(self):
         kept = {name: os.environ[name] for name in self.KEPT if name in os.environ}
-        worker = subprocess.Popen(self.command + [str(os.getpid())], cwd=ROOT, stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, start_new_session=True,
-                                  env=kept | {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"})
+        kept |= {"MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"}
+        command = [*self.command, str(os.getpid())]
+        worker = subprocess.Popen(command, cwd=ROOT, env=kept, start_new_session=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if worker.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"a verifier process does not start (exit code {worker.wait()}): {self.command}")
+            code = worker.wait()
+            raise RuntimeError(f"a verifier process does not start (exit code {code}): {command}")
         return worker
 
     def stop(self, worker):
@@ -557,7 +589,8 @@ class Pool:
     def judge(self, jobs, workers):
         """[(predicted, golds)…] -> [(correct, status)…]"""
         size = max(1, min(200, len(jobs) // (4 * workers)))
-        queue = collections.deque(range(start, min(start + size, len(jobs))) for start in range(0, len(jobs), size))
+        places = range(len(jobs))
+        queue = collections.deque(places[start:start + size] for start in places[::size])
         verdicts = [None] * len(jobs)
         failures = collections.Counter()
         busy = {}                                                  # worker -> Work
@@ -609,8 +642,9 @@ class Pool:
             if not work.pending:
                 ended.append((key.data, "done"))
         known = [worker for worker, _ in ended]
-        now = time.monotonic()
-        ended += [(w, "timeout") for w, work in busy.items() if work.deadline <= now and w not in known]
+        for worker, work in busy.items():
+            if work.deadline <= time.monotonic() and worker not in known:
+                ended.append((worker, "timeout"))
         return ended
 
 
@@ -669,9 +703,11 @@ def unreadable_golds(answers, workers=None, pool=POOL):
     inside an expression, an ellipsis), so that a wrong response to it would be unknown."""
     distinct = list(dict.fromkeys(gold for answer in answers for gold in golds_of(answer)))
     # A gold and no answer: the worker says whether the gold can be judged.
-    verdicts = dict(zip(distinct, judge_jobs([(None, (gold,)) for gold in distinct], workers, pool)))
+    jobs = [(None, (gold,)) for gold in distinct]
+    verdicts = judge_jobs(jobs, workers, pool)
+    readable = {gold for gold, (known, _) in zip(distinct, verdicts) if known}
     return [answer for answer in answers
-            if not golds_of(answer) or any(verdicts[gold][0] is not True for gold in golds_of(answer))]
+            if not golds_of(answer) or not readable.issuperset(golds_of(answer))]
 
 
 # ----------------------------------------------------------------------------- 5. the worker's side
@@ -713,5 +749,5 @@ def serve(megabytes, limits, parent):
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--worker"]:
-        sys.exit("error: this is a library; use verify() and verify_many(), or 02_verify_score.py verify")
+        sys.exit("error: this is a library; use verify(), or 02_verify_score.py verify")
     serve(*json.loads(sys.argv[2]), int(sys.argv[3]))
