@@ -1,12 +1,13 @@
-"""The verifier against its peers, in turn on the same pairs: accuracy, wrong accepted (FP), right refused (FN), speed.
+"""The verifier against its peers, in turn on the same pairs: accuracy, wrong accepted (FP), right
+refused (FN), speed.
 
     python bench/verifier.py                              the labelled pairs of tests/, 300 long responses for speed
     python bench/verifier.py --cases FILE.jsonl           other pairs: rows with gold, response, expected, class
     python bench/verifier.py --throughput 300000          also: a JSONL of so many, read and judged by verify_many
 
-A peer that is not installed is left out, and named (bench/requirements.txt). Peers get the whole response, as in their
-own use, or with --tail only what follows </think>, which spares them the search of the reasoning. One core; times of
-calls are processor time.
+A peer that is not installed is left out, and named (bench/requirements.txt). Peers get the whole
+response, as in their own use, or with --tail only what follows </think>, which spares them the
+search of the reasoning. One core; times of calls are processor time.
 """
 
 import argparse
@@ -96,7 +97,8 @@ GRADERS = {
 
 
 def long_responses(cases, n, seed=0):
-    """n (response, gold) of 25 kB of reasoning, four in five with a number as the answer, the others from the cases."""
+    """n (response, gold) of 25 kB of reasoning, four in five with a number as the answer, the
+    others from the cases."""
     draw = random.Random(seed)
     words = "so we let x = 3 and get \\frac{1}{2} of $y^2$ ; wait , check : \\boxed{17} then the sum \\sum_{k} a_k is 42 .".split()
     filler = " ".join(draw.choice(words) for _ in range(7_000))
@@ -127,7 +129,8 @@ def accuracy(graders, cases):
 
 
 def speed(graders, pairs):
-    """Processor seconds of each call; the graders take turns, so that a busy machine is as busy for all."""
+    """Processor seconds of each call; the graders take turns, so that a busy machine is as busy for
+    all."""
     seconds = {name: [] for name in graders}
     for response, gold in pairs:
         for name, grade in graders.items():

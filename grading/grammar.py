@@ -2,13 +2,13 @@
 
 A tree is a tuple of an operation and its parts.
 
-    ("num", Fraction)  ("sym", name)  ("base", number, base)            numbers, variables, 204_5
-    ("word", letters)  ("opaque", text)  ("dots",)                      text; what is equal to its own spelling only; \\ldots
-    ("+", …) ("*", …) ("^", a, b) ("inv", a) ("sin", a) …               expressions; values.py gives them values
-    ("apply", name, …)                                                  f(0), y'(t): a function that is not known
-    ("set", …) ("union", …) ("setminus", a, b)                          unordered
-    ("()", …) ("(]", …) … (":", …) ("named", ("=", …), …)               ordered
-    (relation, left, right, name) ("chain", relations, …)               y = 2x, a < b < c; the name of what is given
+    ("num", Fraction) ("sym", name) ("base", number, base)    numbers, variables, 204_5
+    ("word", letters) ("opaque", text) ("dots",)              text, what cannot be read, \\ldots
+    ("+", …) ("*", …) ("^", a, b) ("inv", a) ("sin", a) …     expressions: values.py has their values
+    ("apply", name, …)                                        f(0), y'(t): a function not known
+    ("set", …) ("union", …) ("setminus", a, b)                unordered
+    ("()", …) ("(]", …) … (":", …) ("named", ("=", …), …)     ordered
+    (relation, left, right, name) ("chain", relations, …)     y = 2x with the name y; a < b < c
     ("either", exact, rounded) ("claim", exact, "rounded") ("mod", residue, modulus)
 
 The text is hostile. Nothing of it is executed; its size and its depth are limited by count.
@@ -18,50 +18,56 @@ import re
 from fractions import Fraction
 
 from grading.spelling import FUNCTIONS, GREEK, fold
-from grading.values import (CONSTANTS, FLIP, INFINITY, INTERVALS, MINUS_INFINITY, Point, Unreadable, as_union, common,
-                            joined, limit, pieces, rounding, same_value, value, variables)
+from grading.values import (CONSTANTS, FLIP, INFINITY, INTERVALS, MINUS_INFINITY, Point, Unreadable,
+                            as_union, common, limit, pieces, rounding, same_value, value, variables)
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 TOKEN = re.compile(
-    r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9a-zA-Z.]))?"                         # 12, .5, 6.02e23
+    r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9a-zA-Z.]))?"  # 12, .5, 6.02e23
     r"|\\[a-zA-Z]+|\\[{}|]|[^ ]")
-CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor",
-           r"\lceil": r"\rceil", "|": "|"}
+CLOSERS = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle", "|": "|",
+           r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 
 
 def commands(names):
     return {"\\" + name for name in names.split()}
 
 
-SYMBOLS = {command.strip() for command in GREEK.values()} | commands("Gamma Lambda Pi Xi ell infty hbar emptyset R Z N Q C nabla")
+SYMBOLS = {command.strip() for command in GREEK.values()}
+SYMBOLS |= commands("ell infty hbar emptyset nabla R Z N Q C")
 ACCENTS = commands("dot ddot hat bar vec tilde angle triangle")
-COMMANDS = commands(" ".join(FUNCTIONS) + " frac binom sqrt sum prod int begin text ldots underbrace overbrace")
+COMMANDS = commands(" ".join(FUNCTIONS) + " frac binom sqrt sum prod int begin text ldots")
+COMMANDS |= commands("underbrace overbrace")
 # How tightly an operator binds; factors side by side bind as \cdot does.
 INFIX = {"\n": 1, "&": 2, r"\lor": 3, ";": 3, ",": 4, r"\land": 4}
 INFIX |= dict.fromkeys([*FLIP, r"\in", r"\approx", r"\equiv"], 5)
-INFIX |= {r"\mod": 6, r"\setminus": 6, r"\cup": 6, ":": 7, "+": 8, "-": 8, "/": 9, r"\div": 9, r"\cdot": 9, r"\times": 9}
+INFIX |= {r"\mod": 6, r"\setminus": 6, r"\cup": 6, ":": 7, "+": 8, "-": 8}
+INFIX |= dict.fromkeys(["/", r"\div", r"\cdot", r"\times"], 9)
 KINDS = {1: "\n", 2: "&", 3: "or", 4: ",", 6: "union", 7: ":", 8: "+", 9: "*"}
 RELATION, SUM, PRODUCT = 5, 8, 9
 NUMBER_SETS = [("sym", "\\" + letter) for letter in "ZNQC"] + [("()", MINUS_INFINITY, INFINITY)]
 LISTS = {",", "\n", "and", "or"}
-STRUCTURES = {"set", "union", "setminus", "named", ":", "base", "chain", "cases", "mod", r"\langle\rangle"} | INTERVALS
+STRUCTURES = {"set", "union", "setminus", "named", ":", "base", "chain", "cases", "mod"}
+STRUCTURES |= INTERVALS | {r"\langle\rangle"}
 TWO = ("num", Fraction(2))
 # The name of a value: x, AB, \theta, \vec{v}, x_1, f(x), |AB|, and (as an answer) m+n.
-MARKED = r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})"
-NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
+MARKED = (r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *"
+          r"(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})")
+NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)"
+                  r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
                   r"'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
 # Letters that are functions even before a sum, f(x+1); another one is a factor there: n(n+1).
 FUNCTION_LETTERS = {*"fghFGH", r"\phi", r"\psi", r"\Phi", r"\Psi", r"\Gamma"}
 
 
-# -------------------------------------------------------------------------------------------------------------- parser
+# ------------------------------------------------------------------------------------------- parser
 class Parser:
     """Precedence climbing over the tokens of an answer.
 
-    A letter before parentheses is a function if what they hold is one number, one name or a list (f(0), I(t), P(a,b)),
-    or if it is in `functions`; `factors` never are. `applied` collects the functions found, `doubtful` those that may be
-    factors as well: h(a+b).
+    A letter before parentheses is a function if what they hold is one number, one name or a list
+    (f(0), I(t), P(a,b)), or if it is in `functions`; `factors` never are. `applied` collects the
+    functions found, `sure` those that can be nothing else: h(a+b) may be a product.
     """
 
     def __init__(self, text, functions=frozenset(), factors=frozenset()):
@@ -74,7 +80,7 @@ class Parser:
         self.functions = functions
         self.factors = factors
         self.applied = set()
-        self.doubtful = set()
+        self.sure = set()
 
     def peek(self, ahead=0):
         place = self.at + ahead
@@ -103,7 +109,8 @@ class Parser:
         return tree
 
     def expression(self, level=0, bare=False):
-        """All that binds tighter than `level`; a bare argument (\\sin 2x) ends at any operator, bracket or function."""
+        """All that binds tighter than `level`; a bare argument (\\sin 2x) ends at any operator,
+        bracket or function."""
         self.depth += 1
         limit("depth", self.depth)
         start = self.at
@@ -171,7 +178,8 @@ class Parser:
         return relate(sides, names, signs)
 
     def name(self, start):
-        """The text since `start`, if it can be the name of a value; of a ratio, if its parts can."""
+        """The text since `start`, if it can be the name of a value; of a ratio, if its parts
+        can."""
         text = ""
         for token in self.tokens[start:self.at]:
             joint = " " if token[0].isalpha() and re.search(r"\\[a-zA-Z]+$", text) else ""
@@ -180,9 +188,10 @@ class Parser:
             return text
         text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\{([^{}]*(?:\{[^{}]*\})?)\}$", r"\1", text)
-        text = re.sub(r"^\\(?:sin|cos|tan|cot) ?(?=[A-Z\\])", "", text)                           # \sin A = 3/5
-        parts = text.split(":")
-        if not all(is_name(part) for part in parts):
+        if re.fullmatch(r"\\frac\{[A-Z]{2,3}\}\{[A-Z]{2,3}\}", text):
+            return text                                            # of lengths: AB/CD = 2/3
+        plain = re.sub(r"^\\(?:sin|cos|tan|cot) ?[0-9]? ?(?=[A-Z\\])", "", text)  # \sin A = 3/5
+        if not all(is_name(part) for part in plain.split(":")):
             return ""
         return re.sub(r"_\{?\\?([^{}]*)\}?", r"_\1", text)
 
@@ -236,8 +245,11 @@ class Parser:
         level = 0
         while self.at == start or level > 0:
             level += {"{": 1, "}": -1}.get(self.take(), 0)
-        tokens = [token for token in self.tokens[start:self.at] if token not in ("{", "}", r"\text")]
-        return "".join(token[1:] if token[1:] in FUNCTIONS else token for token in tokens)
+        text = ""
+        for token in self.tokens[start:self.at]:
+            if token not in ("{", "}", r"\text"):
+                text += token[1:] if token[1:] in FUNCTIONS else token
+        return text
 
     def primary(self):
         token = self.take()
@@ -258,7 +270,7 @@ class Parser:
         while self.peek() in ("'", "_"):
             name += self.take()
             name += self.raw() if name[-1] == "_" else ""
-        if name[0] in FUNCTION_LETTERS and self.peek() == "^" and "(" in self.tokens[self.at:self.at + 5]:
+        if name[0] in FUNCTION_LETTERS and self.peek() == "^":
             name += self.power_of_function()
         if self.peek() == "(" and name not in CONSTANTS and self.is_function(name):
             self.take()
@@ -283,12 +295,10 @@ class Parser:
             return True
         if name in self.factors:
             return False
-        if self.simple_argument() or "'" in name or name.startswith(r"\ddot") or name.startswith(r"\dot"):
+        if self.simple_argument() or "'" in name or name.startswith((r"\dot", r"\ddot")):
+            self.sure.add(name)
             return True
-        if name in FUNCTION_LETTERS:
-            self.doubtful.add(name)
-            return True
-        return False
+        return name in FUNCTION_LETTERS
 
     def simple_argument(self):
         """Do the parentheses hold numbers and names only, a list of them or one?"""
@@ -296,7 +306,8 @@ class Parser:
         while place < len(self.tokens) and self.tokens[place] != ")":
             token = self.tokens[place]
             follows = self.tokens[place - 1]
-            simple = token[-1].isdigit() or len(token) == 1 and token.isalpha() or token in SYMBOLS or token in "'_{},-"
+            name = len(token) == 1 and token.isalpha() or token in SYMBOLS
+            simple = name or token[-1].isdigit() or token in "'_{},-"
             alone = follows in "(,_{-" or token in "'_{},"
             if not simple or not alone:
                 return False
@@ -322,10 +333,13 @@ class Parser:
         return tree
 
     def set_or_builder(self):
-        """What stands in braces: a list, or (builder) its conditions. {x | x ≤ 0}, {(a,b): ab ≤ 1}."""
+        """What stands in braces: a list, or (builder) its conditions. {x | x ≤ 0}, {(a,b): ab ≤
+        1}."""
         back = self.at
         outer, self.bars = self.bars, 1
         head = self.expression(INFIX[":"])
+        if self.found(r"\in"):
+            self.expression(INFIX[":"])                            # {x ∈ R : …}
         self.bars = outer
         if self.peek() in ("|", ":") and head[0] in ("sym", "()"):
             self.take()
@@ -336,13 +350,14 @@ class Parser:
     def number(self, token):
         limit("bits", 4 * abs(int(re.split("[eE]", token + "e0")[1])))
         number = Fraction(token)
-        if "." in token and (self.peek() == r"\bar" or self.peek() == "(" and self.peek(2) == ")"):
+        barred = self.peek() in (r"\bar", r"\dot")
+        if "." in token and (barred or self.peek() == "(" and self.peek(2) == ")"):
             return ("num", number + self.period(token))
         if self.peek() == r"\frac" and token.isdigit() and self.peek(-2) != "^":
             back = self.at
             part = self.command(self.take())
             if part[0] == "/" and part[1][0] == part[2][0] == "num" and part[1][1] < part[2][1]:
-                return ("num", number + part[1][1] / part[2][1])                                # 1\frac{4}{5}
+                return ("num", number + part[1][1] / part[2][1])  # 1\frac{4}{5}
             self.at = back
         return ("num", number)
 
@@ -358,7 +373,7 @@ class Parser:
             raise Unreadable("a bar over no digits")
         return Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(token.split(".")[1]))
 
-    # ------------------------------------------------------------------------------------------------------- commands
+    # Commands.
     def command(self, token):
         name = token[1:]
         if name == "frac":
@@ -386,13 +401,14 @@ class Parser:
         if self.peek() == "{" and self.peek(1) in ("d", r"\partial") and self.peek(2) != "_":
             over, under = self.raw(), self.raw()
             if re.fullmatch(r"(d|\\partial)\\?[a-zA-Z]+(\^[0-9])?", under):
-                return ("sym", f"{over}/{under}")                                               # a derivative
+                return ("sym", f"{over}/{under}")  # a derivative
             self.at = start
         return ("/", self.digit(), self.digit())
 
     def digit(self):
         if self.peek().isdigit() and len(self.peek()) > 1:
-            self.tokens[self.at:self.at + 1] = [self.peek()[0], self.peek()[1:]]                # \frac12 is one half
+            first, rest = self.peek()[0], self.peek()[1:]
+            self.tokens[self.at:self.at + 1] = [first, rest]       # \frac12 is one half
         return self.argument()
 
     def root(self):
@@ -431,7 +447,8 @@ class Parser:
         return (name, low[1], low[2], high, self.expression(SUM))
 
     def integral(self):
-        """\\int_a^b … dx; without bounds, or with a body that cannot be read, it is equal to its own spelling only."""
+        """\\int_a^b … dx; without bounds, or with a body that cannot be read, it is equal to its
+        own spelling only."""
         start = self.at
         try:
             self.take("_")
@@ -458,12 +475,15 @@ class Parser:
         while self.take() != "d" or not self.peek()[-1:].isalpha():
             pass
         self.take()
-        return ("opaque", "int" + "".join(token for token in self.tokens[start:self.at] if token not in "{}"))
+        tokens = [token for token in self.tokens[start:self.at] if token not in "{}"]
+        return ("opaque", "int" + "".join(tokens))
 
     def matrix(self, kind):
         columns = self.raw() if kind == "array" else ""
         tree = self.expression()
-        rows = [row[1:] if row[0] == "&" else (row,) for row in (tree[1:] if tree[0] == "\n" else (tree,))]
+        rows = []
+        for row in tree[1:] if tree[0] == "\n" else (tree,):
+            rows.append(row[1:] if row[0] == "&" else (row,))
         self.take(r"\end")
         if self.raw() != kind:
             raise Unreadable(f"{kind} has another end")
@@ -482,8 +502,9 @@ class Parser:
             base = self.argument()
         exponent = self.exponent() if self.found("^") else None
         if exponent == ("neg", ("num", 1)):
-            name, exponent = "a" + name, None                                                   # \sin^{-1}
-        outer, self.trig = self.trig, self.trig or name in ("sin", "cos", "tan", "cot", "sec", "csc")
+            name, exponent = "a" + name, None  # \sin^{-1}
+        outer = self.trig
+        self.trig = outer or name in ("sin", "cos", "tan", "cot", "sec", "csc")
         bracket = self.peek() in ("(", "[", "{") or self.peek() == "|" and not self.bars
         tree = self.argument() if bracket else self.expression(SUM, bare=True)
         self.trig = outer
@@ -496,14 +517,20 @@ class Parser:
         return ("^", tree, exponent) if exponent else tree
 
 
-# ----------------------------------------------------------------------------------------------------- lists, relations
+# --------------------------------------------------------------------------------- lists, relations
 def cases(rows):
     """A system of equations, or a function by pieces: rows of a value and its condition."""
+    pairs = []
+    for row in rows:                                              # 1, n=1 \\ 2n, n>1
+        in_one = len(row) == 1 and row[0][0] == "," and len(row[0]) == 3
+        pairs.append(row[0][1:] if in_one else row)
+    if all(len(pair) == 2 and pair[0][0] != "=" for pair in pairs):
+        rows = pairs
     if all(len(row) == 1 for row in rows):
         return listed(("\n", *(row[0] for row in rows)))
     if any(len(row) != 2 for row in rows):
         raise Unreadable("cases")
-    return ("cases", *(("()", *(part[1] if part[0] == "," and len(part) == 2 else part for part in row)) for row in rows))
+    return ("cases", *(("()", *row) for row in rows))
 
 
 def is_name(text):
@@ -511,7 +538,7 @@ def is_name(text):
     command = re.match(r"\\[a-zA-Z]+", text)
     if command and command[0] not in SYMBOLS and command[0] not in ACCENTS and command[0] != r"\pi":
         return False
-    return bool(NAME.fullmatch(text)) and text not in (r"\infty", r"\R")
+    return bool(NAME.fullmatch(text)) and text not in (r"\infty", r"\R", r"\pi")
 
 
 def listed(tree):
@@ -535,8 +562,12 @@ def listed(tree):
 
 
 def ranges(kind, items):
-    """x<1 or x>2 is a union, x>1 and x<2 an intersection, x=1 or x>2 has a point. A comma may mean either: it is an
-    intersection if there is one."""
+    """x<1 or x>2 is a union, x>1 and x<2 an intersection, x=1 or x>2 has a point. A comma may mean
+    either: it is an intersection if there is one."""
+    if kind != "or" and len(items[0]) == 3 and items[0][1][2] == items[0][2][1]:
+        taken = [item for item in items[1:] if item[0] not in ("union", "=")]
+        if len(taken) == len(items) - 1:                           # x ≠ 0, 1
+            return ("setminus", NUMBER_SETS[-1], ("set", items[0][2][1], *taken))
     items = [item[2] if item[0] == "=" and item[3] else item for item in items]
     if kind != "or" and all(item[0] == "union" for item in items):
         both = pieces(items[0])
@@ -556,7 +587,8 @@ def ranges(kind, items):
 
 
 def condition(tree):
-    """What a set builder {x | …} says: its conditions, without those that only name a number set."""
+    """What a set builder {x | …} says: its conditions, without those that only name a number
+    set."""
     if tree[0] != ",":
         return tree
     kept = [item for item in tree[1:] if item not in NUMBER_SETS]
@@ -564,7 +596,8 @@ def condition(tree):
 
 
 def relate(sides, names, signs):
-    """A chain of relations. What says that one variable lies in a range becomes an interval, in a union of its own."""
+    """A chain of relations. What says that one variable lies in a range becomes an interval, in a
+    union of its own."""
     if signs == [r"\in"] and (names[0] or sides[0][0] == "()"):
         return sides[1]
     if all(sign in ("=", r"\approx", r"\equiv") for sign in signs):
@@ -572,7 +605,8 @@ def relate(sides, names, signs):
     if any(sign not in FLIP for sign in signs):
         raise Unreadable("a chain of relations")
     names = ["" if "+" in name else name for name in names]
-    if len(signs) == 1 and names[1] and not names[0] or set(signs) <= {">", r"\ge"} and len(signs) > 1:
+    falling = len(signs) > 1 and set(signs) <= {">", r"\ge"}
+    if falling or len(signs) == 1 and names[1] and not names[0]:
         sides = sides[::-1]
         names = names[::-1]
         signs = [FLIP[sign] for sign in signs[::-1]]
@@ -606,10 +640,10 @@ def half_lines(sign, end):
 
 
 def distance(sign, inner, letter, size):
-    """|2x - 1| < 3 is the interval (-1, 2): ends where 2x - 1 is -3 and 3. None if `inner` is not a line."""
-    with_i = {"i"} & {letter}
+    """|2x - 1| < 3 is the interval (-1, 2): ends where 2x - 1 is -3 and 3. None if `inner` is not a
+    line."""
     heights = [value(inner, Point(0, **{letter: Fraction(x)})) for x in range(3)]
-    if with_i or not all(isinstance(height, Fraction) for height in heights):
+    if not all(isinstance(height, Fraction) for height in heights):
         return None
     slope = heights[1] - heights[0]
     if not slope or heights[2] - heights[1] != slope:
@@ -620,8 +654,8 @@ def distance(sign, inner, letter, size):
     high = ("+", start, reach)
     if sign in ("<", r"\le"):
         return ("union", ("()" if sign == "<" else "[]", low, high))
-    strict = sign == ">"
-    return ("union", ("()" if strict else "(]", MINUS_INFINITY, low), ("()" if strict else "[)", high, INFINITY))
+    left, right = ("()", "()") if sign == ">" else ("(]", "[)")
+    return ("union", (left, MINUS_INFINITY, low), (right, high, INFINITY))
 
 
 def equation(sides, names, signs):
@@ -629,7 +663,8 @@ def equation(sides, names, signs):
     left, right = sides[0], sides[-1]
     if right[0] == "mod" and len(sides) == 2:
         return right if names[0] else ("mod", ("+", left, ("neg", right[1])), right[2])
-    if left[0] == right[0] == "()" and len(left) == len(right) and all(part[0] == "sym" for part in left[1:]):
+    tuples = left[0] == right[0] == "()" and len(left) == len(right)
+    if tuples and all(part[0] == "sym" for part in left[1:]):
         return ("named", *(("=", part, given, part[1]) for part, given in zip(left[1:], right[1:])))
     if len(sides) == 2 and left == right:
         raise Unreadable("x = x")
@@ -640,8 +675,9 @@ def equation(sides, names, signs):
     if n_names == len(sides):
         return ("=", *sides, names[0]) if len(sides) == 2 else ("chain", ("word", "="), *sides)
     if n_names == 0:
-        given = chain_value(sides, signs) if len(sides) > 2 or not variables(left) and not variables(right) else None
-        return given or ("=", *sides, "")
+        if len(sides) == 2 and (variables(left) or variables(right)):
+            return ("=", *sides, "")
+        return chain_value(sides, signs)
     given = chain_value(sides[n_names:], signs[n_names:])
     if n_names == 1:
         return ("=", sides[0], given, names[0])
@@ -649,8 +685,9 @@ def equation(sides, names, signs):
 
 
 def chain_value(sides, signs):
-    """The value of a chain of equal ones: 10/4 = 5/2. A decimal at its end may be a rounding of the others:
-    ("either", exact, rounded); what is called near and is not is ("claim", exact, rounded)."""
+    """The value of a chain of equal ones: 10/4 = 5/2. A decimal at its end may be a rounding of the
+    others: ("either", exact, rounded); what is called near and is not, or is a number for a formula
+    (v = \\sqrt{2gh} = 14), is ("claim", first, last)."""
     exact = sides[0]
     for side, sign in zip(sides[1:], signs):
         if side == exact and len(sides) == 2:
@@ -659,7 +696,7 @@ def chain_value(sides, signs):
             continue
         if side is sides[-1] and rounding(side, exact):
             return ("either", exact, side)
-        if sign == r"\approx":
+        if sign == r"\approx" or variables(exact) and side is sides[-1] and not variables(side):
             return ("claim", exact, side)
         raise Unreadable("a chain of different values")
     return exact

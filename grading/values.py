@@ -1,10 +1,13 @@
-"""What the trees of grammar.py are worth, and whether two are worth the same: the arithmetic of verifier.py.
+"""What the trees of grammar.py are worth, and whether two are worth the same: the arithmetic of
+verifier.py.
 
-Rationals are exact. Other numbers are computed twice, the second time with so many digits that the smallest number in
-the expression could not hide behind the largest. Variables take random values at several points; a verdict "equal"
-needs agreement at three of them at least, where both sides exist. Sets of reals are compared as sorted intervals.
+Rationals are exact. Other numbers are computed twice, the second time with so many digits that the
+smallest number in the expression could not hide behind the largest. Variables take random values at
+several points; a verdict "equal" needs agreement at three of them at least, where both sides exist.
+Sets of reals are compared as sorted intervals.
 
-A tree is a tuple of an operation and its parts: ("num", Fraction), ("sym", name), ("+", a, b, …); grammar.py lists them.
+A tree is a tuple of an operation and its parts: ("num", Fraction), ("sym", name), ("+", a, b, …);
+grammar.py lists them.
 """
 import functools
 import math
@@ -51,10 +54,10 @@ def limit(name, amount):
         raise TooBig(name)
 
 
-# --------------------------------------------------------------------------------------------------------------- trees
+# -------------------------------------------------------------------------------------------- trees
 CONSTANTS = {"e": lambda: +mp.e, r"\pi": lambda: +mp.pi, "i": lambda: mp.mpc(0, 1)}
-NO_NUMBERS = {r"\infty", r"\emptyset", r"\Z", r"\N", r"\Q", r"\C"}                # symbols without a value
-TEXTS = {"word", "opaque", "dots"}                                                # equal to themselves only
+NO_NUMBERS = {r"\infty", r"\emptyset", r"\Z", r"\N", r"\Q", r"\C"}  # symbols without a value
+TEXTS = {"word", "opaque", "dots"}  # equal to themselves only
 LEAVES = {"num", "base"} | TEXTS
 INTERVALS = {"()", "(]", "[)", "[]"}
 INFINITY = ("sym", r"\infty")
@@ -86,9 +89,10 @@ def contains(tree, kinds):
     return any(isinstance(child, tuple) and contains(child, kinds) for child in tree[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------- operations
+# --------------------------------------------------------------------------------------- operations
 class Meter:
-    """What one judgement has spent, and the binary exponents of the largest and smallest number it came across."""
+    """What one judgement has spent, and the binary exponents of the largest and smallest number it
+    came across."""
 
     def __init__(self):
         self.restart()
@@ -114,15 +118,18 @@ class Meter:
 METER = Meter()
 
 
+def bits(x):
+    """The size of a rational number."""
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
+
+
 def charged(result, work=1):
     """The result of an operation, after its size and its work are counted."""
     if isinstance(result, Fraction):
-        over, under = result.numerator.bit_length(), result.denominator.bit_length()
-        bits = max(over, under)
-        limit("bits", bits)
-        METER.charge(work + (bits // 2000) ** 2)
+        limit("bits", bits(result))
+        METER.charge(work + (bits(result) // 2000) ** 2)
         if result:
-            METER.note(over - under)
+            METER.note(result.numerator.bit_length() - result.denominator.bit_length())
     elif isinstance(result, (mp.mpf, mp.mpc)):
         METER.charge(work)
         if not mp.isfinite(result):
@@ -135,14 +142,15 @@ def charged(result, work=1):
 
 
 def lift(*values):
-    """Rationals stay exact among themselves; beside anything else they become numbers of the current precision."""
+    """Rationals stay exact among themselves; beside anything else they become numbers of the
+    current precision."""
     if all(isinstance(v, Fraction) for v in values):
         return values
-    return tuple(mp.mpf(v.numerator) / v.denominator if isinstance(v, Fraction) else v for v in values)
+    return tuple(inexact(v) for v in values)
 
 
 def inexact(x):
-    return lift(x, mp.one)[0]
+    return mp.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
 
 
 def is_whole(x):
@@ -178,7 +186,7 @@ def power(base, exponent):
             raise Undefined("zero to the power of zero or less")
         return Fraction(0)
     if whole and isinstance(base, Fraction):
-        limit("bits", abs(exponent) * max(base.numerator.bit_length(), base.denominator.bit_length()))
+        limit("bits", abs(exponent) * bits(base))
         return base ** int(exponent)
     odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2
     if odd_root and not isinstance(base, mp.mpc) and base < 0:
@@ -217,7 +225,8 @@ def binomial(n, k):
 
 
 def rounded(name):
-    """Floor or ceiling; what is within the precision of an integer is that integer, so that floor(log_2 8) is 3."""
+    """Floor or ceiling; what is within the precision of an integer is that integer, so that
+    floor(log_2 8) is 3."""
     def function(x):
         if isinstance(x, Fraction):
             return Fraction(getattr(math, name)(x))
@@ -277,18 +286,20 @@ def negative(x):
 
 
 OPERATIONS = {
-    "+": add, "*": multiply, "/": divide, "inv": reciprocal, "neg": negative, "abs": abs, "^": power,
-    "!": factorial, "!!": double_factorial, "binomial": binomial, "floor": rounded("floor"), "ceil": rounded("ceil"),
+    "+": add, "*": multiply, "/": divide, "inv": reciprocal, "neg": negative, "abs": abs,
+    "^": power, "!": factorial, "!!": double_factorial, "binomial": binomial,
+    "floor": rounded("floor"), "ceil": rounded("ceil"),
     "det": mp.det, "percent": percent, "degree": degree, "matrix": matrix, "cis": cis,
-    "gcd": whole_numbers("gcd"), "lcm": whole_numbers("lcm"), "max": extreme(max), "min": extreme(min),
+    "gcd": whole_numbers("gcd"), "lcm": whole_numbers("lcm"),
+    "max": extreme(max), "min": extreme(min),
 }
 for function_name in {*FUNCTIONS.values(), "asinh", "acosh", "atanh"} - OPERATIONS.keys():
     OPERATIONS[function_name] = numeric(function_name)
 
 
-# -------------------------------------------------------------------------------------------------------------- points
-# Of the points; the first three are positive, the fourth negative, those from the eighth on are for functions of a
-# narrow domain.
+# ------------------------------------------------------------------------------------------- points
+# Of the points; the first three are positive, the fourth negative, those from the eighth on are for
+# functions of a narrow domain.
 SCALES = [Fraction(scale) for scale in "1 7 1/5 1 1 3 2 1/20 40 1/2 5 200 1/100 1000".split()]
 USUAL_POINTS = 7
 WANTED = 3                                                        # points that must agree
@@ -301,7 +312,7 @@ class Point(dict):
     def __init__(self, number, largest=0, **bound):
         super().__init__(bound)
         self.number = number
-        self.largest = largest                                    # 0: real; else whole numbers from 1 to this
+        self.largest = largest  # 0: real; else whole numbers from 1 to this
         self.drawn = False
 
     def __missing__(self, name):
@@ -315,7 +326,8 @@ class Point(dict):
         return self[name]
 
     def function(self, name, *args):
-        """The value of a function that is not known: a polynomial of its own for each name and point."""
+        """The value of a function that is not known: a polynomial of its own for each name and
+        point."""
         rng = random.Random(f"{name}() {self.number}")
         terms = [Fraction(rng.randint(1, 50), 7)]
         for x in args:
@@ -325,7 +337,7 @@ class Point(dict):
                 terms.append(multiply(factor, Fraction(rng.randint(-50, 50) or 51, 7)))
         if len(args) > 1:
             terms.append(multiply(*args))
-        self.drawn = True                                          # it has another value at another point
+        self.drawn = True  # it has another value at another point
         return add(*terms)
 
 
@@ -352,11 +364,12 @@ def value(tree, point):
         raise Unreadable(f"{kind} is not a number")
     values = [value(arg, point) for arg in args]
     matrices = sum(isinstance(v, mp.matrix) for v in values)
-    if matrices and kind not in ("*", "^", "neg", "det") and (kind != "+" or matrices < len(values)):
+    sum_of_matrices = kind == "+" and matrices == len(values)
+    if matrices and kind not in ("*", "^", "neg", "det") and not sum_of_matrices:
         raise Unreadable(f"{kind} of a matrix")
     try:
         result = OPERATIONS[kind](*values)
-    except TypeError as error:                                    # mpmath's, for the order of complex numbers
+    except TypeError as error:  # mpmath's, for the order of complex numbers
         raise Undefined(f"{kind}: {error}") from error
     return charged(result, 8 if kind == "^" or kind in FUNCTIONS else 1)
 
@@ -374,12 +387,14 @@ def series(kind, variable, low, high, body, point):
     if not is_whole(low) or not is_whole(high):
         raise Undefined("bounds that are not integers")
     limit("terms", high - low + 1)
-    terms = [bound_value(body, variable[1], Fraction(k), point) for k in range(int(low), int(high) + 1)]
+    terms = []
+    for k in range(int(low), int(high) + 1):
+        terms.append(bound_value(body, variable[1], Fraction(k), point))
     return OPERATIONS["+" if kind == "sum" else "*"](Fraction(kind == "prod"), *terms)
 
 
 # Newton and Cotes on nine points, exact for polynomials of degree nine.
-WEIGHTS = [Fraction(weight, 28_350) for weight in (989, 5888, -928, 10496, -4540, 10496, -928, 5888, 989)]
+WEIGHTS = (989, 5888, -928, 10496, -4540, 10496, -928, 5888, 989)     # parts of 28,350
 
 
 def integral(variable, low, high, body, point):
@@ -388,11 +403,11 @@ def integral(variable, low, high, body, point):
     terms = []
     for k, weight in enumerate(WEIGHTS):
         x = add(low, multiply(width, Fraction(k, 8)))
-        terms.append(multiply(weight, bound_value(body, variable[1], x, point)))
+        terms.append(multiply(Fraction(weight, 28_350), bound_value(body, variable[1], x, point)))
     return multiply(width, add(*terms))
 
 
-# ------------------------------------------------------------------------------------------------------------ equality
+# ----------------------------------------------------------------------------------------- equality
 def entries(x):
     return list(x) if isinstance(x, mp.matrix) else [inexact(x)]
 
@@ -404,8 +419,9 @@ def shape(x):
 def agree(first, second):
     """Do two computations give the same value, and are both real?
 
-    Rationals are compared exactly. Else the difference must vanish at a precision at which the smallest number of the
-    computation is still seen beside the largest: this tells e^{100} from e^{100} + 10^{-300}, and sin(pi) from 1e-50.
+    Rationals are compared exactly. Else the difference must vanish at a precision at which the
+    smallest number of the computation is still seen beside the largest: this tells e^{100} from
+    e^{100} + 10^{-300}, and sin(pi) from 1e-50.
     """
     with mp.workdps(50):
         METER.reset_range()
@@ -444,7 +460,8 @@ def differ(pairs, smallest):
 
 
 def real_points(first, second, complex_, left_out=None):
-    """Do two functions of a point agree at the points where both are real (with i in them: at three positive ones)?"""
+    """Do two functions of a point agree at the points where both are real (with i in them: at three
+    positive ones)?"""
     counted = 0
     others = []
     numbers = [number for number in range(len(SCALES)) if number != left_out]
@@ -469,14 +486,18 @@ def real_points(first, second, complex_, left_out=None):
     return all(others)
 
 
-def integer_points(first, second, largest):
-    """Do two functions agree wherever the variables are small whole numbers?"""
+def integer_points(first, second, largest=0):
+    """Do two functions agree wherever the variables are whole numbers: up to `largest`, or small,
+    large and huge ones?"""
     counted = 0
     for number in range(INTEGER_POINTS):
-        point = Point(number, 10 if number % 2 else largest)
+        point = Point(number, largest or (10 if number % 2 else 300 ** (1 + number // 8)))
         try:
             equal, _ = agree_at(point, first, second)
         except (Undefined, ZeroDivisionError, ValueError):
+            continue
+        except TooBig:  # 2^n at a large n; the work is limited as a whole
+            limit("work", METER.spent)
             continue
         if not point.drawn or not equal:
             return equal
@@ -486,7 +507,8 @@ def integer_points(first, second, largest):
     return True
 
 
-# Operations for whole numbers only; \lfloor x \rfloor takes any number, and what its letters are is asked below.
+# Operations for whole numbers only; \lfloor x \rfloor takes any number, and what its letters are is
+# asked below.
 WHOLE_ONLY = {"!!", "gcd", "lcm"}
 STEPS = {"floor", "ceil"}
 INTEGER_LETTERS = {*"ijklmnpqNMK"}
@@ -494,7 +516,8 @@ REAL_LETTERS = {*"rstuvwxyz", r"\theta", r"\alpha", r"\lambda"}
 
 
 def needs_integers(tree):
-    """Is there an operation that makes sense for whole numbers only: (2n-1)!!, (-1)^n, a sum up to n?"""
+    """Is there an operation that makes sense for whole numbers only: (2n-1)!!, (-1)^n, a sum up to
+    n?"""
     kind = tree[0]
     if kind in LEAVES or kind == "sym":
         return False
@@ -519,7 +542,8 @@ def stepped_letters(tree):
 
 
 def same_value(a, b):
-    """Are two expressions worth the same, whatever the values of their variables? `b` is the gold."""
+    """Are two expressions worth the same, whatever the values of their variables? `b` is the
+    gold."""
     if a == b and a[0] in ("sym", "word", "opaque", "num"):
         return True
     if contains(a, TEXTS) or contains(b, TEXTS):
@@ -533,10 +557,11 @@ def same_value(a, b):
     second = first if a == b else functools.partial(value, b)
     letters = stepped_letters(a) | stepped_letters(b)
     if needs_integers(a) or needs_integers(b):
-        return integer_points(first, second, 12)
+        series_ = contains(a, {"sum", "prod"}) or contains(b, {"sum", "prod"})
+        return integer_points(first, second, 12 if series_ else 0)
     if not letters:
         return everywhere(a, b, first, second)
-    if not integer_points(first, second, 300):
+    if not integer_points(first, second):
         return False
     if letters <= INTEGER_LETTERS or everywhere(a, b, first, second):
         return True
@@ -562,8 +587,8 @@ def close(first, second):
 
 
 def same_text(a, b):
-    """Text in an expression: equal if the trees are, in any order of terms and factors. If not, and the text is the
-    gold's, who knows."""
+    """Text in an expression: equal if the trees are, in any order of terms and factors. If not, and
+    the text is the gold's, who knows."""
     if sorted_tree(a) == sorted_tree(b):
         return True
     if b[0] == "word" or not contains(b, TEXTS):
@@ -585,7 +610,7 @@ def rounding(rounded, exact):
     """Is a decimal of at least three figures the rounding of a number? 0.4134 is, of 246/595."""
     with mp.workdps(50):
         near, far = value(rounded, Point(0)), value(exact, Point(0))
-        if not isinstance(near, Fraction) or not near or variables(exact) or isinstance(far, mp.matrix):
+        if variables(exact) or shape(far) or not isinstance(near, Fraction) or not near:
             return False
         unit = Fraction(1)
         while near % unit and unit > Fraction(1, 10**30):
@@ -595,7 +620,8 @@ def rounding(rounded, exact):
 
 
 def proportional(a, b):
-    """Is (left - right) of one relation a constant multiple, not zero, of the other's, of a sign that fits?"""
+    """Is (left - right) of one relation a constant multiple, not zero, of the other's, of a sign
+    that fits?"""
     if contains(a, TEXTS) or contains(b, TEXTS):
         return sorted_tree(a) == sorted_tree(b)
     over = ("+", a[1], ("neg", a[2]))
@@ -616,7 +642,8 @@ def proportional(a, b):
 
     if needs_integers(ratio) or stepped_letters(ratio):
         return integer_points(at_start, functools.partial(value, ratio), 12)
-    return real_points(at_start, functools.partial(value, ratio), "i" in symbols(ratio), start.number)
+    anywhere = functools.partial(value, ratio)
+    return real_points(at_start, anywhere, "i" in symbols(ratio), start.number)
 
 
 def constant_ratio(ratio):
@@ -626,15 +653,17 @@ def constant_ratio(ratio):
         try:
             with mp.workdps(50):
                 first = inexact(value(ratio, start))
-                if abs(mp.im(first)) <= mp.mpf(10) ** -40 * abs(first) and abs(first) > mp.mpf(10) ** -30:
+                real = abs(mp.im(first)) <= mp.mpf(10) ** -40 * abs(first)
+                if real and abs(first) > mp.mpf(10) ** -30:
                     return start, mp.re(first)
         except (Undefined, ZeroDivisionError, ValueError):
             continue
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- sets of reals
-# A set is a sorted list of pieces (low, low is in, high, high is in) of trees; a point has low = high.
+# ------------------------------------------------------------------------------------ sets of reals
+# A set is a sorted list of pieces (low, low is in, high, high is in) of trees; a point has low =
+# high.
 def place(tree):
     """Where an end stands on the line, as a float or mpf for sorting."""
     if tree == INFINITY:
@@ -725,5 +754,11 @@ def as_union(found):
 
 def same_pieces(a, b):
     """Are two sets of reals the same, end by end?"""
-    return len(a) == len(b) and all(
-        x[1] == y[1] and x[3] == y[3] and same_value(x[0], y[0]) and same_value(x[2], y[2]) for x, y in zip(a, b))
+    if len(a) != len(b):
+        return False
+    for (low, low_in, high, high_in), (start, start_in, end, end_in) in zip(a, b):
+        if low_in != start_in or high_in != end_in:
+            return False
+        if not same_value(low, start) or not same_value(high, end):
+            return False
+    return True
