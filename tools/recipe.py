@@ -1,7 +1,7 @@
 """A recipe for the shell scripts and for plan.py: read, checked, and printed as plain values.
 
-    python -m tools.recipe recipes/toy.toml [--seeds N]        what bash needs: lines KEY <tab> VALUE
-    python -m tools.recipe recipes/paper_1.5b.toml --check     what is missing here; exit code 2 if so
+    python -m tools.recipe recipes/toy.toml [--seeds N]      what bash needs: lines KEY <tab> VALUE
+    python -m tools.recipe recipes/paper_1.5b.toml --check   what is missing here; exit code 2 if so
 
 A list's key is printed once for each of its values, so that the shell need evaluate nothing.
 Nothing but Python's standard library: it runs before anything is installed.
@@ -125,7 +125,7 @@ def read_run(recipe) -> dict:
     for key in ("arms", "benchmarks", *(["world_base"] if toy else ["base_model", "rlvr_source"])):
         if not run[key]:
             die(f"[run]: {key} is missing")
-    if not toy and isinstance(run["benchmarks"], list):
+    if not toy and not isinstance(run["benchmarks"], dict):
         die("[run]: benchmarks must name their sources: [run.benchmarks] NAME = \"hub id or file\"")
     return run
 
