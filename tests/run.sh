@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The test suite on a fresh machine: makes .venv if needed, then runs pytest in two processes of one thread each.
-#     bash tests/run.sh [pytest arguments]          WITH_VLLM=1 bash tests/run.sh     with the tests that need vLLM
-#     bash tests/run.sh -m "not slow"               the fast part, a minute on two cores
-#     bash tests/run.sh --faults                    the long fault suite, which is in none of these
+# The test suite on a fresh machine: makes .venv if needed, then runs pytest in two processes of one
+# thread each.
+#     bash tests/run.sh [pytest arguments]
+#     bash tests/run.sh -m "not slow"      the fast part, a minute on two cores
+#     WITH_VLLM=1 bash tests/run.sh        with the tests that need vLLM
+#     bash tests/run.sh --faults           the long fault suite, which is in none of these
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source ./setup.sh
