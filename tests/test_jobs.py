@@ -142,22 +142,20 @@ def test_two_at_once_are_refused_also_after_kill_9(tmp_path):
 # ----------------------------------------------------------------------------------------------------- hostile values
 
 
-HOSTILE = ["$(touch MARK)", "`touch MARK`", "a[$(touch MARK)]", "x; touch MARK", "' touch MARK '",
-           '"; touch MARK; "', "a b && touch MARK", "-e touch MARK", "x}; touch MARK; {"]
-PLACES = ["first_seed", "n_seeds", "side_by_side", "cards", "world", "world_base", "base_model", "self_model",
-          "rlvr_source", "rlvr_seeds", "data_per_seed", "rlvr_limits"]
+HOSTILE = ["$(touch MARK)", "a[$(touch MARK)]", "x; touch MARK; `touch MARK`", "' touch MARK '",
+           '"; touch MARK; "', "-e touch MARK", "x}; touch MARK; {"]
+NO_TEXT = ["first_seed", "n_seeds", "side_by_side", "cards", "rlvr_seeds", "data_per_seed", "rlvr_limits"]    # by number
 
 
 def toml_text(text):
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def recipe_with(key, value):
-    """A recipe whose [run] has `value`, TOML, for `key`."""
+def recipe_with(**values):
+    """A recipe whose [run] has these values, TOML."""
     run = {"world": '"none"', "base_model": '"Qwen2.5-0.5B"', "rlvr_source": '"o/x"', "arms": '["sft"]',
-           "cards": "1", "benchmarks": '{aime24 = "o/y"}'}
-    run[key] = value
-    return "[run]\n" + "".join(f"{k} = {v}\n" for k, v in run.items())
+           "cards": "1", "benchmarks": '{aime24 = "o/y"}', **values}
+    return "[run]\n" + "".join(f"{key} = {value}\n" for key, value in run.items())
 
 
 def run_all(*arguments, **env):
@@ -165,28 +163,34 @@ def run_all(*arguments, **env):
                           env={**ENV, **env}, stdin=subprocess.DEVNULL)
 
 
-def refused_or_harmless(done, mark):
-    assert not mark.exists(), done.stdout + done.stderr
-    if done.returncode:
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+def is_refused(done, mark):
+    return done.returncode == 2 and done.stderr.startswith("error: ") and not mark.exists()
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_hostile_values_run_nothing(tmp_path, number):
-    """Each text in a third of the keys, so that each key has met three texts; in lists, tables and names all of them."""
     mark, recipe = tmp_path / "mark", tmp_path / "r.toml"
-    text = HOSTILE[number].replace("MARK", str(mark))
-    for key in PLACES[number % 3::3]:
-        recipe.write_text(recipe_with(key, toml_text(text)))
-        refused_or_harmless(run_all(recipe, "--plan", RUNS=str(tmp_path)), mark)
-    for key, value in (("arms", f"[{toml_text(text)}]"), ("benchmarks", f"{{{toml_text(text)} = {toml_text(text)}}}"),
-                       ("benchmarks", f"{{x = {toml_text(text)}}}"), (toml_text(text), "1")):
-        recipe.write_text(recipe_with(key, value))
-        refused_or_harmless(run_all(recipe, "--plan", RUNS=str(tmp_path)), mark)
-    recipe.write_text(recipe_with("first_seed", toml_text(text)))
-    done = run_all(recipe, RUNS=str(tmp_path))
-    assert done.returncode == 2 and "first_seed" in done.stderr
-    refused_or_harmless(done, mark)
+    text = toml_text(HOSTILE[number].replace("MARK", str(mark)))
+    texts = {"self_model": text, "rlvr_source": text, "benchmarks": f"{{aime24 = {text}}}", "world_args": f"[{text}]"}
+    recipe.write_text(recipe_with(**texts))                                   # what may be any text
+    done = run_all(recipe, "--plan", RUNS=str(tmp_path))
+    assert done.returncode == 0 and not mark.exists(), done.stderr
+    for values in ({"arms": f"[{text}]"}, {"benchmarks": f"{{{text} = 'x'}}"}, {text: "1"}, {NO_TEXT[number]: text}):
+        recipe.write_text(recipe_with(**values))
+        done = run_all(recipe, "--plan", RUNS=str(tmp_path))
+        assert is_refused(done, mark) and done.stderr.count("\n") == 1
+    done = run_all(recipe, RUNS=str(tmp_path))                                # without --plan, too
+    assert is_refused(done, mark) and NO_TEXT[number] in done.stderr
+
+
+def test_hostile_values_of_a_run_that_starts(tmp_path):
+    """The world's name reaches its script as one word, and no shell."""
+    mark, recipe = tmp_path / "mark", tmp_path / "r.toml"
+    name = f"x; touch {mark}; $(touch {mark})"
+    recipe.write_text((ROOT / "recipes/toy.toml").read_text().replace('"deep-leap"', toml_text(name)))
+    done = run_all(recipe, RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 2 and not mark.exists()
+    assert "argument --world: invalid choice" in done.stderr and name in done.stderr
 
 
 def test_hostile_seeds_names_and_environment_run_nothing(tmp_path):
@@ -194,13 +198,10 @@ def test_hostile_seeds_names_and_environment_run_nothing(tmp_path):
     words = f"x[$(touch {mark})]"
     for arguments in (["toy", "--plan", "--seeds", words], ["toy", "--seeds", words], ["toy", "--seeds"],
                       ["toy", "--plan", "--seeds", "0"], [words], ["--" + words]):
-        done = run_all(*arguments, RUNS=str(tmp_path))
-        assert done.returncode == 2
-        refused_or_harmless(done, mark)
+        assert is_refused(run_all(*arguments, RUNS=str(tmp_path)), mark)
     for name in ("NPROC", "NNODES", "NODE_RANK"):
         done = run_all("toy", "--plan", RUNS=str(tmp_path), **{name: words})
-        assert done.returncode == 2 and name in done.stderr
-        refused_or_harmless(done, mark)
+        assert is_refused(done, mark) and name in done.stderr
     hostile = tmp_path / f"a[$(touch {mark.name})] 'b'.toml"
     hostile.write_text((ROOT / "recipes/toy.toml").read_text())
     done = run_all(hostile, "--plan", RUNS=str(tmp_path / "$(touch mark)"))
@@ -211,7 +212,7 @@ def test_hostile_seeds_names_and_environment_run_nothing(tmp_path):
 
 def test_values_with_spaces_and_quotes_arrive_whole(tmp_path):
     recipe = tmp_path / "r.toml"
-    recipe.write_text(recipe_with("rlvr_source", toml_text("a 'b' \"c\" $HOME *")))
+    recipe.write_text(recipe_with(rlvr_source=toml_text("a 'b' \"c\" $HOME *")))
     done = run_all(recipe, "--plan", RUNS=str(tmp_path))
     command = next(line for line in done.stdout.splitlines() if "rlvr.jsonl" in line and "problems" in line)
     words = subprocess.run(["bash", "-c", "printf '%s\\n' " + command.split("] ", 1)[1]], capture_output=True, text=True)

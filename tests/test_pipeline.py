@@ -32,6 +32,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     mark, deadline = tmp_path / "broken/mini/seed-0/oxa_full/sft/metrics.jsonl", time.time() + 400
     while not mark.exists() and broken.poll() is None and time.time() < deadline:
         time.sleep(0.2)
+    assert broken.poll() is None, broken.communicate()[0]
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate()
     assert broken.returncode == -signal.SIGKILL and not (tmp_path / "broken/mini/report/REPORT.md").exists()
