@@ -231,3 +231,18 @@ def test_response_limits_of_rlvr(tmp_path, kind, limits):
     rlvr = [line.split() for line in done.stdout.splitlines() if "04_rlvr.py" in line]
     given = {words[words.index("--max-response-tokens") + 1] for words in rlvr if "--max-response-tokens" in words}
     assert len(rlvr) == 2 and given == limits and not (tmp_path / "runs").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- several nodes
+
+
+def test_other_nodes_wait_for_what_node_0_does_alone(tmp_path):
+    (tmp_path / "one.py").write_text("print('ran', file=open('ran', 'a'))\n")
+    lines = "lock lock\nstep one python one.py\necho went on"
+    other = subprocess.Popen(["bash", "-c", script(tmp_path, lines)], env={**ENV, "NODE_RANK": "1"}, text=True,
+                             stdout=subprocess.PIPE)
+    time.sleep(1)
+    assert other.poll() is None and not (tmp_path / "ran").exists()
+    first = run(tmp_path, lines)
+    assert first.returncode == 0 and "went on" in first.stdout
+    assert other.communicate(timeout=20)[0] == "went on\n" and (tmp_path / "ran").read_text() == "ran\n"
