@@ -49,6 +49,8 @@ begin() {
       *) name="$1"; shift ;;
     esac
   done
+  whole_number NNODES "$NNODES" || return
+  whole_number NODE_RANK "$NODE_RANK" || return
   plain_python || return
   GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
   if [ -z "$name" ]; then
@@ -75,8 +77,6 @@ begin() {
     NPROC="${NPROC:-$GPUS}"    # ranks of this node: a card each; NPROC=2 tries two on a CPU
   fi
   whole_number NPROC "$NPROC" || return
-  whole_number NNODES "$NNODES" || return
-  whole_number NODE_RANK "$NODE_RANK" || return
   [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1    # one thread per process beats two, on two cores
   export TOKENIZERS_PARALLELISM=false
 
