@@ -1,158 +1,141 @@
 #!/usr/bin/env bash
-# The truth: every command of a reproduction, in order.
+# Every command of a reproduction, in order: data, perplexities, training sets, fine-tuning, RLVR,
+# evaluation, report.
 #
 #     bash run_all.sh [RECIPE] [--seeds N] [--plan]
 #
-# RECIPE: a name in recipes/ or a TOML file; without one: paper_1.5b where 8 cards are, else toy. Each command is printed before
-# it runs and its output kept in runs/RECIPE/logs; a command that has finished is not run again, one that was stopped goes on
-# where it stopped. --plan only prints commands, tokens, memory, hours, disk and what is missing here.
-# Several nodes: start it on each with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT) set, on a shared file system.
+# RECIPE: a name in recipes/ or a TOML file; without one: paper_1.5b where 8 cards are, else toy.
+# --plan runs nothing: it prints the commands with their tokens, memory, hours and disk, and says
+# what is missing here.
+# A command that has finished is not run again, unless the recipe's values for it or its inputs have
+# changed; one that was stopped goes on where it stopped. Output is kept in runs/RECIPE/logs.
+# By hand: `source tools/jobs.sh; begin RECIPE` in a bash, then paste from `out=` on, with seed and
+# arm set (seed=42 arm=sft), one command at a time.
+# Several nodes, with a shared file system: start it on each with NNODES, NODE_RANK, MASTER_ADDR
+# (and MASTER_PORT) set.
 set -euo pipefail
 cd "$(dirname "$0")"
+case "${1-}" in -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit ;; esac
 
-recipe="" seeds="" plan=""
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --seeds) seeds="${2:?--seeds needs a number}"; shift 2 ;;
-    --plan) plan=1; shift ;;
-    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    -*) echo "error: unknown option $1 (see --help)" >&2; exit 2 ;;
-    *) recipe="$1"; shift ;;
-  esac
-done
-bare=.venv/bin/python                                # plan.py needs Python alone: it speaks before anything is installed
-[ -x $bare ] || bare="${PYTHON:-python3}"
-"$bare" -c 'import tomllib' 2>/dev/null || { echo "error: Python 3.11 or newer is needed, as python3 or in PYTHON" >&2; exit 2; }
-GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-if [ -z "$recipe" ]; then
-  recipe=toy
-  [ "$GPUS" -ge 8 ] && recipe=paper_1.5b
-  echo "no recipe named, $GPUS cards here: running '$recipe'"
-fi
-[ -f "$recipe" ] || recipe="recipes/$recipe.toml"
-[ -f "$recipe" ] || { echo "error: no recipe $recipe; there are: $(cd recipes && echo *.toml)" >&2; exit 2; }
+# step, spawn, join and show; and what the recipe says: $recipe, $run (where everything goes),
+# $base, $self_model, ${seeds[@]}, ${arms[@]}, ${benchmarks[@]}, ... A script after "${ranks[@]}"
+# runs on all cards, after python in one process.
+source tools/jobs.sh
+begin "$@"
 
-variables="$("$bare" -m tools.plan "$recipe" --shell)"     # arms, rlvr_arms, benchmarks, ... of the recipe's [run], shell-quoted
-eval "$variables"
-seeds="${seeds:-$n_seeds}"
-if [ "$seeds" -gt 1 ]; then                           # the study: controls come with more seeds
-  arms+=(${study_arms[@]+"${study_arms[@]}"}) rlvr_arms+=(${study_rlvr_arms[@]+"${study_rlvr_arms[@]}"})
+for seed in "${seeds[@]}"; do
+
+out="$run/seed-$seed"
+data="$run/data" data_seed="${seeds[0]}"         # one import for all seeds,
+if [ "$data_per_seed" = true ]; then             # or data of its own for each
+  data="$out/data" data_seed="$seed"
 fi
-NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}"
-run="${RUNS:-runs}/$(basename "$recipe" .toml)"
-if [ -n "$plan" ]; then
-  NPROC="${NPROC:-${cards:-1}}"
+tests=("${benchmarks[@]/#/$data/}")              # $data/NAME.jsonl of each benchmark
+tests=("${tests[@]/%/.jsonl}")
+in_data="${data#"$run"/}" in_out="seed-$seed"    # names of steps and of their logs begin like this
+
+# 1. Data: problems with their answers, teacher traces, benchmarks, the RLVR prompts.
+if [ "$world" != none ]; then
+
+  # The toy makes its own.
+  step "$in_data/world" python toy/world.py --world "$world" "${world_args[@]}" \
+    --out "$data" --seed "$data_seed"
+
+  step "$in_data/teacher" python 01_sample.py teacher --recipe "$recipe" --model "$base" \
+    --source "$data/teacher_source.jsonl" --name teacher --answers join \
+    --problems "$data/problems.jsonl" --out "$data/teacher.jsonl"
+
 else
-  "$bare" -m tools.plan "$recipe" --check                  # what is missing here is said now, not hours later
-  source ./setup.sh
-  NPROC="${NPROC:-$GPUS}"                            # ranks on this node: a card each; NPROC=2 tries two ranks on a CPU
-  mkdir -p "$run/logs"
+
+  # The base with 40,000 positions, without a system prompt, stopping at both end tokens.
+  step prepare-base python -m tools.prepare_base --recipe "$recipe" \
+    --model "$base_model" --out "$base"
+
+  # The benchmarks come first: training problems that overlap them are dropped.
+  for benchmark in "${benchmarks[@]}"; do
+    step "$in_data/$benchmark" python 01_sample.py problems \
+      --source "${source_of[$benchmark]}" --out "$data/$benchmark.jsonl"
+  done
+
+  # Verified teacher traces, several per problem.
+  step "$in_data/teacher" python 01_sample.py teacher --recipe "$recipe" --model "$base" \
+    --benchmarks "${tests[@]}" --out "$data/teacher.jsonl" --problems-out "$data/problems.jsonl"
+
+  # The prompts of RLVR.
+  overlap=()
+  if [ "$rlvr_drop_overlap" = true ]; then overlap=(--benchmarks "${tests[@]}"); fi
+  step "$in_data/rlvr" python 01_sample.py problems --recipe "$recipe" \
+    --source "$rlvr_source" "${overlap[@]}" --out "$data/rlvr.jsonl"
+
 fi
-[ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1        # one thread per process beats two, on two cores
-export TOKENIZERS_PARALLELISM=false
 
-ranks=(python)                                       # how a script that uses all cards is started
-if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
-  ranks=(torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC" --log_dir "$run/logs/ranks" --tee 3)
-  [ "$NNODES" -gt 1 ] && ranks+=(--rdzv_backend c10d --rdzv_endpoint "${MASTER_ADDR:?}:${MASTER_PORT:-29500}") || ranks+=(--standalone)
-fi
+# Self-distillation: samples of the base, or of its R1-distilled sibling. Of these the wrong ones
+# are of use later.
+spawn "$in_data/sample-self" "${ranks[@]}" 01_sample.py model --recipe "$recipe" \
+  --model "$self_model" --problems "$data/problems.jsonl" --out "$data/self.jsonl" \
+  --seed "$data_seed"
 
-# step NAME COMMAND...: run once, log, remember. On the other nodes a single-process command is waited for.
-step() {
-  local name="$1" mark="$run/logs/$1.done" begin=$SECONDS; shift
-  [ "$(head -n 1 "$mark" 2>/dev/null)" = "$*" ] && return 0
-  if [ "$NODE_RANK" -gt 0 ] && [ "$1" = python ]; then
-    until [ "$(head -n 1 "$mark" 2>/dev/null)" = "$*" ]; do sleep 2; done
-    return 0
-  fi
-  echo "+ $*"
-  mkdir -p "$(dirname "$mark")"
-  if [ "$side_by_side" = 1 ]; then "$@" > >(tee "$run/logs/$name.log") 2>&1 &
-  else "$@" > "$run/logs/$name.log" 2>&1 & fi
-  wait $! || {                                       # in the background and waited for, so that a signal is acted on at once
-    local code=$?
-    tail -n 20 "$run/logs/$name.log" >&2
-    grep -E '(^|\]:)error: ' "$run/logs/$name.log" | head -n 3 >&2 || true    # a rank's own message, above torchrun's summary
-    echo "error: '$name' ended with code $code; its log is $run/logs/$name.log; the same command goes on from here" >&2
-    exit "$code"
-  }
-  printf '%s\nseconds %s\n' "$*" "$((SECONDS - begin))" > "$mark"
-  echo "  done: $name, $((SECONDS - begin)) s"
-}
+# 2. Which responses are right, and how likely did the base find them?
+spawn "$in_data/verify-teacher" python 02_verify_score.py verify --recipe "$recipe" \
+  --samples "$data/teacher.jsonl" --problems "$data/problems.jsonl" \
+  --out "$data/teacher.verified.jsonl"
+join
 
-fail() { trap - INT TERM; kill $(jobs -p) 2>/dev/null; wait; exit "$1"; }     # our own children, which save and leave; nobody else's
-trap 'fail 130' INT TERM
-pids=()
-spawn() {                                            # at most side_by_side at once; the first failure ends the run
-  while [ "$(jobs -rp | wc -l)" -ge "$side_by_side" ]; do wait -n || fail $?; done
-  (trap 'fail 130' INT TERM; "$@") & pids+=($!)
-}
-join() { for pid in "${pids[@]}"; do wait "$pid" || fail $?; done; pids=(); }
+spawn "$in_data/verify-self" python 02_verify_score.py verify --recipe "$recipe" \
+  --samples "$data/self.jsonl" --problems "$data/problems.jsonl" --out "$data/self.verified.jsonl"
 
-grade_and_score() {                                  # DATA NAME [score flags]
-  step "$s/verify-$2" python 02_verify_score.py verify --recipe "$recipe" --samples "$1/$2.jsonl" --problems "$1/problems.jsonl" --out "$1/$2.verified.jsonl"
-  step "$s/score-$2" "${ranks[@]}" 02_verify_score.py score --recipe "$recipe" --samples "$1/$2.verified.jsonl" --model "$base" --out "$1/$2.scored.jsonl" "${@:3}"
-}
-self() {
-  step "$s/sample-self" "${ranks[@]}" 01_sample.py model --recipe "$recipe" --model "${self_model:-$base}" --problems "$1/problems.jsonl" --out "$1/self.jsonl" --seed "$seed"
-  grade_and_score "$1" self --only wrong
-}
-evaluate() {                                         # MODEL OUT
-  step "$s/${2#"$run/$s/"}" "${ranks[@]}" 05_eval.py --recipe "$recipe" --model "$1" --problems "${tests[@]}" --out "$2" --seed "$seed"
-}
-arm() {                                              # select, train, evaluate; then RLVR and evaluate
-  local a="$1" d="$run/$s/$1"
-  step "$s/$a/select" python 02_verify_score.py select --recipe "$recipe" --arm "$a" --teacher "$data/teacher.scored.jsonl" --self "$data/self.scored.jsonl" --out "$d/train.jsonl" --seed "$seed"
-  step "$s/$a/sft" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" --model "$base" --data "$d/train.jsonl" --out "$d/sft" --seed "$seed"
-  evaluate "$d/sft" "$d/eval"
-  [ "$i" -ge "${rlvr_seeds:-$seeds}" ] && return 0
-  case " ${rlvr_arms[*]} " in *" $a "*)
-    local limit=()
-    [ "$a" = sft_lp ] && [ -n "${sft_lp_rlvr_max_tokens:-}" ] && limit=(--max-response-tokens "$sft_lp_rlvr_max_tokens")
-    step "$s/$a/rlvr" "${ranks[@]}" 04_rlvr.py --recipe "$recipe" --model "$d/sft" --problems "$data/rlvr.jsonl" --out "$d/rlvr" --seed "$seed" "${limit[@]}"
-    evaluate "$d/rlvr" "$d/eval_rlvr" ;;
-  esac
-}
+spawn "$in_data/score-teacher" "${ranks[@]}" 02_verify_score.py score --recipe "$recipe" \
+  --model "$base" --samples "$data/teacher.verified.jsonl" --out "$data/teacher.scored.jsonl"
+join
 
-everything() {
-for ((i = 0; i < seeds; i++)); do
-  seed=$((first_seed + i)) s="seed-$((first_seed + i))"
-  data="$run/$s/data"
-  [ "$data_per_seed" = true ] || data="$run/data"
-  tests=("${benchmarks[@]/#/$data/}") && tests=("${tests[@]/%/.jsonl}")
-  [ -n "$plan" ] || mkdir -p "$data" "$run/$s"
-  # 1 data: problems, teacher traces, benchmarks
-  if [ "$world" != none ]; then
-    base="toy/$world_base"
-    step "$s/world" python toy/world.py --world "$world" --out "$data" --seed "$seed" "${world_args[@]}"
-    step "$s/teacher" python 01_sample.py teacher --recipe "$recipe" --source "$data/teacher_source.jsonl" --model "$base" --name teacher --out "$data/teacher.jsonl" --problems "$data/problems.jsonl" --answers join
-  else
-    base="$run/base"
-    step prepare-base python -m tools.prepare_base --recipe "$recipe" --model "$base_model" --out "$base"
-    for b in "${benchmarks[@]}"; do
-      source_of="source_$b"
-      step "problems-$b" python 01_sample.py problems --source "${!source_of}" --out "$data/$b.jsonl"
-    done
-    step teacher python 01_sample.py teacher --recipe "$recipe" --model "$base" --out "$data/teacher.jsonl" --problems-out "$data/problems.jsonl" --benchmarks "${tests[@]}"
-    step problems-rlvr python 01_sample.py problems --recipe "$recipe" --source "$rlvr_source" --out "$data/rlvr.jsonl" --benchmarks "${tests[@]}"
-  fi
-  # 2 verify and score; the base's own wrong answers
-  spawn grade_and_score "$data" teacher; spawn self "$data"; join
-  # 3 to 5 the arms
-  spawn evaluate "$base" "$run/$s/base/eval"
-  for a in "${arms[@]}"; do spawn arm "$a"; done
-  join
+spawn "$in_data/score-self" "${ranks[@]}" 02_verify_score.py score --recipe "$recipe" --only wrong \
+  --model "$base" --samples "$data/self.verified.jsonl" --out "$data/self.scored.jsonl"
+
+# Where the base stands before any training.
+spawn "$in_out/base/eval" "${ranks[@]}" 05_eval.py --recipe "$recipe" --model "$base" \
+  --problems "${tests[@]}" --out "$out/base/eval" --seed "$seed"
+join
+
+# The training set of each arm: by Gaussian-guided perplexity sampling, with high-confidence errors,
+# or by neither.
+for arm in "${arms[@]}"; do
+  spawn "$in_out/$arm/select" python 02_verify_score.py select --recipe "$recipe" --arm "$arm" \
+    --teacher "$data/teacher.scored.jsonl" --self "$data/self.scored.jsonl" \
+    --out "$out/$arm/train.jsonl" --seed "$seed"
 done
-rm -f "$run/logs/report.done"                        # a report is cheap, and the run may have grown
-step report python -m tools.report --recipe "$recipe" "$run"
-}
+join
 
-if [ -n "$plan" ]; then
-  step() { shift; echo "$*"; }
-  spawn() { "$@"; }
-  join() { :; }
-  everything | "$bare" -m tools.plan "$recipe"
-  exit
+# 3. Fine-tuning: cross entropy on low-confidence truths, unlikelihood on high-confidence errors.
+for arm in "${arms[@]}"; do
+  spawn "$in_out/$arm/sft" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" --model "$base" \
+    --data "$out/$arm/train.jsonl" --out "$out/$arm/sft" --seed "$seed"
+done
+join
+
+# 5. Evaluation of the fine-tuned models: Pass@1, Pass@k, entropy. (RLVR takes by far the longest.)
+for arm in "${arms[@]}"; do
+  spawn "$in_out/$arm/eval" "${ranks[@]}" 05_eval.py --recipe "$recipe" \
+    --model "$out/$arm/sft" --problems "${tests[@]}" --out "$out/$arm/eval" --seed "$seed"
+done
+
+# 4. RLVR: GRPO with verifiable reward. An arm has a response limit of its own with
+# rlvr_limits = "published".
+if is_in "$seed" "${rlvr_seeds[@]}"; then
+  for arm in "${rlvr_arms[@]}"; do
+    spawn "$in_out/$arm/rlvr" "${ranks[@]}" 04_rlvr.py --recipe "$recipe" \
+      --model "$out/$arm/sft" --problems "$data/rlvr.jsonl" --out "$out/$arm/rlvr" --seed "$seed" \
+      ${rlvr_limit[$arm]:+--max-response-tokens "${rlvr_limit[$arm]}"}
+  done
+  join
+
+  for arm in "${rlvr_arms[@]}"; do
+    spawn "$in_out/$arm/eval_rlvr" "${ranks[@]}" 05_eval.py --recipe "$recipe" \
+      --model "$out/$arm/rlvr" --problems "${tests[@]}" --out "$out/$arm/eval_rlvr" --seed "$seed"
+  done
 fi
-everything
-cat "$run/logs/report.log"
+
+done
+join
+
+# 6. Report: what the run showed, with intervals and verdicts.
+show python -m tools.report --recipe "$recipe" "$run"

@@ -14,6 +14,21 @@ import torch
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not in the fast part of the suite (bash tests/run.sh -m 'not slow')")
+    config.addinivalue_line("markers", "faults: the long fault suite, run by bash tests/run.sh --faults alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The long fault suite runs only when it is asked for."""
+    if "faults" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("faults")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 

@@ -32,6 +32,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     mark, deadline = tmp_path / "broken/mini/seed-0/oxa_full/sft/metrics.jsonl", time.time() + 400
     while not mark.exists() and broken.poll() is None and time.time() < deadline:
         time.sleep(0.2)
+    assert broken.poll() is None, broken.communicate()[0]
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate()
     assert broken.returncode == -signal.SIGKILL and not (tmp_path / "broken/mini/report/REPORT.md").exists()
@@ -46,5 +47,12 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
         assert results[0] == results[1] and set(results[0]) == {"id", "hard"}
     assert "C1" in out_whole and "REPORT.md" in out_whole and (tmp_path / "whole/mini/report/REPORT.md").exists()
     third = start(recipe, tmp_path / "whole")
-    out_third, _ = third.communicate(timeout=120)
-    assert third.returncode == 0 and "+ python 03" not in out_third, "what has finished is not run again"
+    out_third, _ = third.communicate(timeout=600)
+    commands = [line for line in out_third.splitlines() if line.startswith("+ ")]
+    assert third.returncode == 0 and len(commands) == 1 and "tools.report" in commands[0], commands
+
+    recipe.write_text(recipe.read_text().replace("lr = 3e-4", "lr = 1e-3"))       # the old result is not the new recipe's
+    edited = start(recipe, tmp_path / "whole")
+    out_edited, _ = edited.communicate(timeout=600)
+    assert edited.returncode == 2 and "+ python 03_train_oxa.py" in out_edited and "REPORT.md" not in out_edited
+    assert "error: " in out_edited and "other settings" in out_edited and "lr" in out_edited

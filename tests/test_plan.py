@@ -1,6 +1,5 @@
-"""plan.py: sizes against real tiny models, arithmetic by hand, recipes against the scripts' flags, what is missing."""
+"""tools/plan.py and tools/recipe.py: sizes against real tiny models, arithmetic by hand, recipes, what is missing."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -13,46 +12,17 @@ from conftest import ROOT, make_model
 import common
 from model import halve_linear, load_model, pack_sequences, save_checkpoint, token_logprobs
 import engines
-from tools import plan
+from tools import plan, recipe as recipes
 
-SCRIPTS = {"01_sample": "main", "02_verify_score": "main", "03_train_oxa": "config", "04_rlvr": "config",
-           "05_eval": "parse_args", "tools.prepare_base": "main", "tools.report": "parse"}                # and the function that makes its parser
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
+BARE = {"run": {"base_model": "Qwen2.5-Math-1.5B"}}
 TINY = {"tied": {}, "untied": {"tie": False}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
                                                        "hidden_size": 128}}
 
 
-def parsers():
-    """Section -> (script, sub-command or None, its parser), by asking each script for its parser."""
-    found = {}
-
-    class Got(Exception):
-        pass
-
-    def catch(parser, section=None, argv=None):
-        subs = next((a.choices for a in parser._actions if hasattr(a.choices, "items") and a.dest == "command"), None)
-        found.update({p.section: (script, name, p) for name, p in subs.items()} if subs else {section: (script, None,
-                                                                                                        parser)})
-        raise Got
-
-    real, common.parse_args = common.parse_args, catch
-    try:
-        for script, function in SCRIPTS.items():
-            with pytest.raises(Got):
-                getattr(importlib.import_module(script), function)([])
-    finally:
-        common.parse_args = real
-    return found
-
-
-@pytest.fixture(scope="module")
-def sections():
-    return parsers()
-
-
 @pytest.fixture(scope="module", params=TINY)
 def tiny(request, tmp_path_factory):
-    """(a planner's model, the real one, its directory)"""
+    """(a plan's model, the real one, its directory)"""
     path = make_model(tmp_path_factory.mktemp(request.param), **TINY[request.param])
     return plan.find_model(path), load_model(path, trainable=True), path
 
@@ -82,16 +52,16 @@ def test_optimizer_gradients_and_checkpoint(tiny, tmp_path, tiny_tokenizer):
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
     gradients = sum(p.grad.nbytes for p in model.parameters())
     s = {**plan.DEFAULTS["train"], "token_budget": 100}
-    memory = plan.Planner({}, 1).training_memory(sizes, s)
+    memory = plan.training_memory(sizes, s, 1)
     assert (memory["optimizer"], memory["gradients"], memory["weights"]) == (state, gradients, gradients)
-    sharded = plan.Planner({}, 8).training_memory(sizes, {**s, "shard": True})
+    sharded = plan.training_memory(sizes, {**s, "shard": True}, 8)
     assert sharded["optimizer"] == state / 8 and "DDP buckets" not in sharded
 
     save_checkpoint(tmp_path, "step-000001", model, tiny_tokenizer, optimizer, step=1)
     save_checkpoint(tmp_path, "final", model, tiny_tokenizer)
     files = [f for f in tmp_path.rglob("*") if f.name in ("model.safetensors", "state.pt")]
     weights_and_state = sum(f.stat().st_size for f in files)
-    expected = plan.Planner({}, 1).checkpoint(sizes, 1)
+    expected = plan.checkpoint_bytes(sizes, 1)
     assert 1.0 <= weights_and_state / expected < 1.0 + 60_000 / expected      # headers, names and the random states
 
 
@@ -110,7 +80,7 @@ def test_flops_of_a_forward_pass(tiny):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):       # it does not see the CPU's fused kernel
         token_logprobs(model, pack_sequences([(list(range(length)), 1)]))
-    layers, output = sizes.forward_flops(length)
+    layers, output = plan.forward_flops(sizes, length)
     attention = 2 * sizes.layers * sizes.width * length
     ours = (layers - attention * plan.SPREAD + 2 * attention) * length + output * (length - 1)
     assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)         # biases cost nothing there
@@ -138,100 +108,70 @@ def test_frozen_models_keep_their_numbers_in_half_the_memory(tie, tmp_path):
 
 def test_training_by_hand():
     """1.5B on 8 cards: 6, 8 with recomputation, FLOPs a weight and token; 16 bytes a parameter and the rest."""
-    planner, model = plan.Planner({}, 8), plan.KNOWN["Qwen2.5-Math-1.5B"]
-    s = planner.settings("train", {"data": "x/sft/train.jsonl", "gradient_checkpointing": True})
-    cost = planner.train(s, model)
+    plans, model = plan.Plan(BARE, 8), plan.KNOWN["Qwen2.5-Math-1.5B"]
+    s = plans.settings("train", data="x/sft/train.jsonl", gradient_checkpointing=True)
+    cost = plans.train(s, model)
     sequences = 50000 // 128 * 128 * 6
     assert cost.tokens == sequences * (11000 + 150)
     attention = 2 * 28 * 1536 * 1.3 * 11150
     a_token = 4 * (2 * model.n_linear + attention) + 4 * 2 * 151936 * 1536
     assert cost.seconds == pytest.approx(cost.tokens * a_token / (989e12 * 0.4 * 8))
     assert cost.memory["weights"] + cost.memory["gradients"] + cost.memory["optimizer"] == 16 * model.n_params
-    assert cost.notes == ("2,340 steps of 128 sequences",)
-    both = planner.train({**s, "data": "x/oxa_full/train.jsonl"}, model)
+    assert cost.notes == ["2,340 steps of 128 + 0 sequences"]
+    both = plans.train({**s, "data": "x/oxa_full/train.jsonl"}, model)
     assert both.tokens == cost.tokens + sequences * (7000 + 150)
-    assert planner.train({**s, "gradient_checkpointing": False}, model).seconds < cost.seconds
+    assert plans.train({**s, "gradient_checkpointing": False}, model).seconds < cost.seconds
 
 
 def test_decoding_by_hand():
-    """64 responses a card side by side: as many steps as the longest has tokens, all keys and values read in each."""
-    planner, model = plan.Planner({}, 8), plan.KNOWN["Qwen2.5-Math-1.5B"]
+    """64 responses on a card side by side: as many steps as the longest has tokens, all keys and values read in each."""
+    p, model = plan.ASSUMED, plan.KNOWN["Qwen2.5-Math-1.5B"]
     bandwidth, context = 3.35e12 * 0.4, 150 + 1.3 * 9000 / 2
     expected = (18432 * (0.008 + 2 * model.n_params / bandwidth) + 64 * 9000 * context * 28672 / bandwidth
                 + 64 * 9000 * 2 * model.n_params / (989e12 * 0.4))
-    assert planner.decode(model, 512, 9000, 18432, 60e9) == pytest.approx(expected)
-    assert planner.decode(model, 512, 9000, 18432, 1e9) > 1.5 * expected      # a small cache: they take turns
+    assert plan.decode_seconds(model, 64, 9000, 18432, 60e9, p) == pytest.approx(expected)
+    assert plan.decode_seconds(model, 64, 9000, 18432, 1e9, p) > 1.5 * expected      # a small cache: they take turns
 
 
 def test_rlvr_says_what_the_paper_length_takes():
-    recipe = plan.load(ROOT / "recipes/paper_1.5b.toml")
-    planner = plan.Planner(recipe, 8)
-    cost = planner.rlvr(planner.settings("rlvr"), planner.base)
+    recipe = recipes.load_recipe(ROOT / "recipes/paper_1.5b.toml")
+    plans = plan.Plan(recipe, 8)
+    cost = plans.rlvr(plans.settings("rlvr"), plans.base)
     assert "300 steps of 512 rollouts" in cost.notes[0]
-    assert "3,120 steps of the paper would take 12 days (about 2 weeks)" in cost.notes[1]
-    whole = planner.rlvr(planner.settings("rlvr", {"max_steps": 0}), planner.base)
+    assert "3,120 steps would take 12 days" in cost.notes[1]
+    whole = plans.rlvr(plans.settings("rlvr", max_steps=0), plans.base)
     assert whole.seconds == pytest.approx(cost.seconds * 3120 / 300) and len(whole.notes) == 1
 
 
 @pytest.mark.parametrize("name, cards", [("paper_1.5b.toml", 8), ("paper_7b.toml", 8), ("smoke_1gpu.toml", 1)])
 def test_recipes_fit_their_cards(name, cards):
     """And 7B would not without fully_shard, nor its RLVR with vLLM awake."""
-    recipe = plan.load(ROOT / "recipes" / name)
-    planner = plan.Planner(recipe, cards)
-    fits = lambda section, **given: sum(planner.cost(section, planner.settings(section, given)).memory.values()) < 80e9
+    recipe = recipes.load_recipe(ROOT / "recipes" / name)
+    plans = plan.Plan(recipe, cards)
+    fits = lambda section, **given: sum(plans.cost(section, plans.settings(section, **given)).memory.values()) < 80e9
     assert all(fits(section) for section in ("sample", "score", "train", "rlvr", "eval"))
     if "7b" in name:
         assert not fits("train", shard=False) and not fits("rlvr", sleep=False)
 
 
 def test_read_command():
-    recipe = plan.load(ROOT / "recipes/paper_1.5b.toml")
-    planner = plan.Planner(recipe, 8)
-    words = "torchrun --nproc_per_node 8 05_eval.py --model m --problems d/aime24.jsonl d/minerva.jsonl --n 2 --out o"
-    section, s = plan.read_command(words.split(), planner)
-    assert section == "eval" and s["n"] == 2 and s["problems"] == ["d/aime24.jsonl", "d/minerva.jsonl"]
-    assert planner.cost(section, s).notes == ("302 problems, 17,468 samples",)          # 30 x 2 + 272 x 64
-    assert plan.read_command("python 01_sample.py model --n 3 --limit 10".split(), planner)[1]["n"] == 3
-    assert plan.read_command("python -m tools.report runs/x".split(), planner) == (None, {})
+    recipe = recipes.load_recipe(ROOT / "recipes/paper_1.5b.toml")
+    plans = plan.Plan(recipe, 8)
+    words = "torchrun --nproc_per_node 8 04_rlvr.py --recipe r --model m/x --max-response-tokens 16384 --out o".split()
+    section, s = plan.read_command(words, plans)
+    assert section == "rlvr" and s["max_response_tokens"] == 16384 and s["rollouts"] == 8 and s["model"] == "m/x"
+    assert plan.read_command("python 01_sample.py model --n 3 --limit 10".split(), plans)[1]["n"] == 3
+    assert plan.read_command("python -m tools.report runs/x".split(), plans) == (None, {})
+    evaluation = plans.cost("eval", plans.settings("eval"))
+    assert evaluation.notes == ["932 problems, 45,888 samples"]           # 160 x 128 + 272 x 64 + 500 x 16
 
 
-# -------------------------------------------------------------------------------------------- recipes and the scripts
-
-
-def test_defaults_are_those_of_the_scripts(sections):
-    for section, defaults in plan.DEFAULTS.items():
-        parser = sections[section][2]
-        for key, value in defaults.items():
-            assert parser.get_default(key) == value or key == "arm", (section, key)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipe_keys_are_flags_of_their_script(name, sections, monkeypatch):
-    """Every section of every recipe through the real parser of its script."""
-    recipe = plan.load(ROOT / "recipes" / name)
-    monkeypatch.chdir(ROOT)
-    for section, values in recipe.items():
-        if section in ("run", "plan"):
-            continue
-        assert section in sections, f"no script reads [{section}]"
-        script, command, parser = sections[section]
-        needed = [a for a in parser._actions if a.required and a.dest not in values]
-        needed = [w for a in needed for w in (*a.option_strings[-1:], a.choices[0] if a.choices else "x")]
-        argv = [*([command] if command else []), "--recipe", f"recipes/{name}", *needed]
-        args = {}
-        real = common.parse_args
-        monkeypatch.setattr(common, "parse_args", lambda *a, **k: args.setdefault("got", real(*a,
-                                                                                              **k)) and sys.exit(99))
-        with pytest.raises(SystemExit) as stop:
-            getattr(importlib.import_module(script), SCRIPTS[script])(argv)
-        monkeypatch.setattr(common, "parse_args", real)
-        assert stop.value.code == 99, (section, argv)
-        assert {key: getattr(args["got"], key) for key in values} == values
+# ------------------------------------------------------------------------------------------------ the paper's recipes
 
 
 @pytest.mark.parametrize("size, steps", [("1.5b", 18432), ("7b", 16384)])
 def test_paper_recipes_have_the_papers_numbers(size, steps):
-    recipe = plan.load(ROOT / f"recipes/paper_{size}.toml")
+    recipe = recipes.load_recipe(ROOT / f"recipes/paper_{size}.toml")
     train, rlvr, select, evaluation = (recipe[s] for s in ("train", "rlvr", "select", "eval"))
     assert (train["lr"], select["mu"]) == ((2.5e-4, 2.5) if size == "1.5b" else (5e-5, 3.0))
     assert (train["ce_per_step"], train["ul_per_step"], train["epochs"], train["ul_weight"]) == (128, 128, 6, 1e-4)
@@ -240,6 +180,8 @@ def test_paper_recipes_have_the_papers_numbers(size, steps):
     assert (rlvr["prompts_per_step"], rlvr["rollouts"], rlvr["temperature"], rlvr["lr"]) == (64, 8, .85, 2e-6)
     assert (rlvr["kl_coef"], rlvr["dual_clip"], rlvr["grad_clip"]) == (1e-3, 3.0, 1.0)
     assert (rlvr["max_response_tokens"], rlvr["epochs"], rlvr["save_every"]) == (steps, 20, 20)
+    assert recipe["run"]["published_rlvr_limits"] == {"sft": steps - 2048, "sft_lp": steps - 2048, "oxa_mle": steps,
+                                                      "oxa_full": steps}
     assert (evaluation["n"], evaluation["temperature"], evaluation["top_p"], evaluation["max_tokens"]) == (128, .6,
                                                                                                            .95, 32768)
     assert evaluation["n_of"][0] == "minerva=64" and len(recipe["run"]["benchmarks"]) == 7
@@ -292,26 +234,92 @@ def test_missing_files_cache_and_wrong_recipes(tmp_path, monkeypatch, capsys):
     data = tmp_path / "rlvr.jsonl"
     recipe = {"run": {"world": "none", "base_model": "o/base", "rlvr_source": str(data),
                       "benchmarks": {"b": "o/bench"}}}
-    lacking = plan.missing(recipe)
+    lacking = recipes.missing(recipe)
     assert lacking == [f"the files {data}", "network to the hub, or local copies of o/base, o/bench"]
     data.write_text("{}\n")
     (tmp_path / "cache/models--o--base").mkdir(parents=True)
-    assert plan.missing(recipe) == ["network to the hub, or local copies of o/bench"]
+    assert recipes.missing(recipe) == ["network to the hub, or local copies of o/bench"]
     (tmp_path / "cache/datasets--o--bench").mkdir()
-    assert plan.missing(recipe) == [] and "disk" in plan.missing(recipe, disk=1e18)[0]
+    assert recipes.missing(recipe) == [] and "disk" in recipes.missing(recipe, disk=1e18)[0]
     recipe["run"]["cards"] = 4096
-    assert plan.missing(recipe)[0].startswith("4096 cards")
+    assert recipes.missing(recipe)[0].startswith("4096 cards")
     for text, said in (("[plan]\ncards = 1\n", "unknown keys ['cards']"), ('[run]\nbase_model = "a/b"\n',
-                                                                           "sizes of a/b"), ("x", "cannot")):
+                                                                           "sizes of a/b")):
         path = tmp_path / "r.toml"
         path.write_text(text)
         monkeypatch.setattr("sys.stdin", open(os.devnull))
         with pytest.raises(SystemExit) as stop:
-            plan.show(path, plan.load(path), [], 1)
+            plan.show(path, recipes.load_recipe(path), [], 1)
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_shell_variables():
-    recipe = {"run": {"world": "none", "arms": ["a b", "c"], "flag": True, "benchmarks": {"x": "o/x"}}}
-    script = plan.shell_variables(recipe) + '\necho "$world|${arms[0]}|$flag|${benchmarks[*]}|$source_x"'
-    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout == "none|a b|true|x|o/x\n"
+# --------------------------------------------------------------------------------------------- recipes from recipes
+
+
+def write_recipes(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+
+
+def test_a_recipe_from_another_names_what_differs(tmp_path):
+    write_recipes(tmp_path, base='[run]\narms = ["a", "b"]\nn_seeds = 3\n[run.benchmarks]\nx = "1"\ny = "2"\n[train]\nlr = 1.0\n',
+                  middle='from = "base"\n[train]\nepochs = 2\n', top='from = "middle"\n[run]\narms = ["c"]\n[run.benchmarks]\nz = "3"\n[eval]\nn = 4\n')
+    expected = {"run": {"arms": ["c"], "n_seeds": 3, "benchmarks": {"z": "3"}}, "train": {"lr": 1.0, "epochs": 2},
+                "eval": {"n": 4}}
+    assert recipes.load_recipe(tmp_path / "top.toml") == expected == common.load_recipe(tmp_path / "top.toml")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_both_loaders_read_alike(name):
+    path = ROOT / "recipes" / name
+    assert recipes.load_recipe(path) == common.load_recipe(path)
+
+
+@pytest.mark.parametrize("text, said", [
+    ('from = "away"\n', "away.toml does not exist"), ('from = "self"\n', "starts from itself"),
+    ('from = "other"\n', "starts from itself"), ("from = 3\n", "not the name of a recipe"),
+    ('from = "../x"\n', "not the name of a recipe"), ("train = 3\n", "stands in no section"),
+    ("[trian]\nlr = 3\n", "unknown section [trian]"), ("[train\n", "is not valid TOML"), ("\x00", "is not valid TOML"),
+    ("a = " + "[" * 5000 + "]" * 5000, "is not valid TOML")])
+def test_recipes_that_cannot_be_read(text, said, tmp_path, capsys):
+    write_recipes(tmp_path, self=text, other='from = "self"\n')
+    for load in (recipes.load_recipe, common.load_recipe):
+        with pytest.raises(SystemExit) as stop:
+            load(tmp_path / "self.toml")
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def values_of(recipe, **given):
+    found = {}
+    for key, value in recipes.settings(recipe, **given):
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def test_what_the_shell_is_told():
+    paper = values_of(recipes.load_recipe(ROOT / "recipes/paper_1.5b.toml"))
+    assert paper["seeds"] == [42] and paper["rlvr_seeds"] == [42] and paper["source_of.math500"] == ["HuggingFaceH4/MATH-500"]
+    assert len(paper["benchmarks"]) == 7 and not any(key.startswith("rlvr_limit.") for key in paper)
+    assert '"lr": 0.00025' in paper["section_of.03_train_oxa.py"][0]
+    toy = recipes.load_recipe(ROOT / "recipes/toy.toml")
+    assert values_of(toy)["arms"] == ["sft", "sft_lp", "oxa_mle", "oxa_full"] and values_of(toy)["seeds"] == [0]
+    study = values_of(toy, n_seeds=5)
+    assert study["arms"][4:] == ["length_matched", "longest"] and study["rlvr_arms"] == ["sft", "oxa_full", "oxa_mle"]
+    assert study["seeds"] == [0, 1, 2, 3, 4] and study["rlvr_seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"first_seed": "1"}, "first_seed = '1' must be of type int"), ({"cards": True}, "cards = True"),
+    ({"n_seeds": 0}, "n_seeds must be at least 1"), ({"first_seed": -1}, "out of range"), ({"seed": 1}, "unknown key 'seed'"),
+    ({"arms": ["../x"]}, "'../x' must be a name"), ({"arms": [3]}, "3 must be a text"), ({"rlvr_arms": ["x"]}, "not one of arms"),
+    ({"rlvr_source": "a\tb"}, "without control characters"), ({"benchmarks": ["id"]}, "must name their sources"),
+    ({"rlvr_limits": "fair"}, "rlvr_limits = 'fair'"), ({"data_per_seed": "yes"}, "of type bool"), ({"arms": []}, "arms is missing"),
+    ({"rlvr_limits": "published", "published_rlvr_limits": {"sft": "x"}, "rlvr_arms": ["sft"]}, "no number of tokens for 'sft'")])
+def test_a_wrong_run_section_is_one_sentence(change, said, capsys):
+    recipe = recipes.load_recipe(ROOT / "recipes/paper_1.5b.toml")
+    recipe["run"] = {**recipe["run"], **change}
+    with pytest.raises(SystemExit) as stop:
+        values_of(recipe)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and err.count("\n") == 1
