@@ -83,21 +83,31 @@ def assumptions():
 
 
 def cited(text):
-    """Numbers of the rows that a comment cites: (A17), or (A17, A18)."""
+    """Numbers of the rows that a text cites in parentheses: (A17), or (ours, A17 and A18)."""
     found = set()
-    for inside in re.findall(r"\((A\d+(?:, A\d+)*)\)", text):
-        found.update(map(int, re.findall(r"\d+", inside)))
+    for inside in re.findall(r"\(([^()]*)\)", text):
+        found.update(map(int, re.findall(r"\bA(\d{1,2})\b", inside)))
     return found
 
 
+def names_of(node):
+    """What a definition of Python defines: a function, a class, a constant."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return []
+
+
 def lines_of(path, name):
-    """A function or class with the five lines above it, or a recipe's section; None: not there."""
+    """A function, class or constant with the five lines above it, or a recipe's section; None: not
+    there."""
     text = path.read_text()
     if path.suffix == ".toml":
         section = re.search(rf"^\[{re.escape(name)}\].*?(?=^\[|\Z)", text, re.M | re.S)
         return section and section[0]
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+        if name in names_of(node):
             first = max(0, node.lineno - 6)
             return "\n".join(text.splitlines()[first:node.end_lineno])
     return None
