@@ -120,6 +120,8 @@ def parse_args(argv=None):
     args = common.parse_args(parser, "eval", argv)
     common.check_range(args, ["top_p"], n=1, max_tokens=1, entropy_samples=0, token_budget=1,
                        temperature=0, verify_workers=1, show=0)
+    if 0 < args.temperature < 0.01:               # vLLM would take 0.01
+        die(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     return args
 
 

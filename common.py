@@ -267,7 +267,8 @@ def read_toml(path) -> dict:
 
 
 def check_numbers(args):
-    """Dies if a flag is not finite, too large to be meant, or a negative seed."""
+    """Dies if a flag is not finite, too large to be meant, a negative seed, or a temperature that
+    would divide logits out of float32's range."""
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
@@ -276,6 +277,8 @@ def check_numbers(args):
             die(f"{flag} must be below 2^31, got {value}")
         if name == "seed" and value is not None and value < 0:
             die(f"{flag} must be at least 0, got {value}")
+        if name == "temperature" and 0 < value < 0.01:
+            die(f"{flag} must be 0 (greedy) or at least 0.01, got {value}")
 
 
 def check_range(args, shares=(), **lowest):
@@ -699,7 +702,9 @@ def read_meta(path) -> dict | None:
 
 
 def sha256_file(path) -> str:
-    if not Path(path).is_file():
+    if Path(path).is_dir():
+        die(f"{path} is a directory, expected a file")
+    if not Path(path).exists():
         die(f"{path} does not exist")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,13 @@
-"""The output layer: log-probs of N tokens over V words, forward and backward. Ours in chunks against full logits.
+"""The output layer: log-probs of N tokens over V words, forward and backward. Ours in chunks
+against full logits.
 
-    python bench/logprob.py                             8,192 tokens x 151,936 words x hidden 896, float32 (needs 16 GB free)
+8,192 tokens x 151,936 words x hidden 896 in float32 need 16 GB:
+
+    python bench/logprob.py
     python bench/logprob.py --tokens 1024 --repeats 3
 
-Each variant runs in a process of its own, in turn; memory is the process's peak above what inputs and gradients take.
+Each variant runs in a process of its own, in turn; memory is the process's peak above what inputs
+and gradients take.
 """
 
 import argparse
@@ -26,12 +30,14 @@ def full_logits(hidden, weight, targets):
 
 def ours(hidden, weight, targets):
     from model import OutputLayer
+
     return OutputLayer.apply(hidden, weight, targets, 1.0, False)[0]
 
 
 def measure(name, args):
     import torch
     import model  # noqa: F401  (imported by both, so that both start from the same memory)
+
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     hidden = torch.randn(args.tokens, args.hidden, requires_grad=True)
@@ -48,7 +54,9 @@ def measure(name, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--hidden", type=int, default=896)
@@ -61,18 +69,30 @@ def main():
     rows = {"full logits": [], "ours": []}
     for _ in range(args.repeats):
         for name in rows:
-            out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True,
-                                 env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+            out = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--only", name],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
+            )
             if out.returncode:
                 sys.exit(f"{name} failed ({out.returncode}): {out.stderr[-500:]}")
             rows[name].append(json.loads(out.stdout))
     median = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in rows.items()}
-    print(f"{args.tokens} tokens x {args.vocabulary} words x hidden {args.hidden}, {args.threads} thread(s), "
-          f"median of {args.repeats}")
+    print(
+        f"{args.tokens} tokens x {args.vocabulary} words x hidden {args.hidden}, {args.threads} "
+        f"thread(s), "
+        f"median of {args.repeats}"
+    )
     for name, m in median.items():
-        print(f"{name:12} {m['seconds']:8.2f} s   extra peak {m['peak_mb']:8.0f} MB   mean log-prob {m['logp_mean']:.6f}")
-    print(f"ours / full: time {median['ours']['seconds'] / median['full logits']['seconds']:.2f}, "
-          f"memory {median['ours']['peak_mb'] / median['full logits']['peak_mb']:.2f}")
+        print(
+            f"{name:12} {m['seconds']:8.2f} s   extra peak {m['peak_mb']:8.0f} MB   mean "
+            f"log-prob {m['logp_mean']:.6f}"
+        )
+    print(
+        f"ours / full: time {median['ours']['seconds'] / median['full logits']['seconds']:.2f}, "
+        f"memory {median['ours']['peak_mb'] / median['full logits']['peak_mb']:.2f}"
+    )
 
 
 if __name__ == "__main__":

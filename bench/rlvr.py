@@ -1,12 +1,16 @@
-"""GRPO on the toy model: 04_rlvr.py and TRL's GRPOTrainer in turn, seconds a step by phase and the reward.
+"""GRPO on the toy model: 04_rlvr.py and TRL's GRPOTrainer in turn, seconds a step by phase and the
+reward.
 
-    pip install -r bench/requirements.txt && python bench/rlvr.py [--model RUN/sft --rounds 3 --steps 12]
+    pip install -r bench/requirements.txt
+    python bench/rlvr.py [--model RUN/sft --rounds 3 --steps 12]
 
-The same problems in the same order, 16 x 8 rollouts a step, at most 160 new tokens, temperature 0.85, the same verifier as reward,
-KL 0.001 against the start, token-mean loss, AdamW, float32, one thread. TRL generates with transformers' `generate` and is run with
-its whole batch in one forward, in micro-batches of 32, and with transformers' continuous batching. Each run has its own process. The
-first 2 steps are left out of the times. The table gives medians over steps and rounds, and the ratio within the round. Each round
-has a seed of its own, the same for all; rewards are means over rounds.
+The same problems in the same order, 16 x 8 rollouts a step, at most 160 new tokens, temperature
+0.85, the same verifier as reward, KL 0.001 against the start, token-mean loss, AdamW, float32, one
+thread. TRL generates with transformers' `generate` and is run with its whole batch in one forward,
+in micro-batches of 32, and with transformers' continuous batching. Each run has its own process.
+The first 2 steps are left out of the times. The table gives medians over steps and rounds, and the
+ratio within the round. Each round has a seed of its own, the same for all; rewards are means over
+rounds.
 """
 
 import argparse
@@ -28,13 +32,50 @@ PHASES = ("rollout", "verify", "reference", "update", "sync")
 
 def run_ours(args):
     out = Path(args.scratch) / f"ours{time.time()}"
-    subprocess.run([sys.executable, ROOT / "04_rlvr.py", "--model", args.model, "--problems", args.data, "--out", out, "--lr", str(LR),
-                    "--prompts-per-step", str(PROMPTS), "--rollouts", str(GROUP), "--max-response-tokens", str(MAX_TOKENS),
-                    "--temperature", str(TEMPERATURE), "--kl-coef", str(KL), "--max-steps", str(args.steps), "--token-budget", "4096",
-                    "--seed", str(args.seed), "--engine", "hf", "--verify-workers", "1", "--save-every", "1000", "--log-rollouts", "0"],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "04_rlvr.py",
+            "--model",
+            args.model,
+            "--problems",
+            args.data,
+            "--out",
+            out,
+            "--lr",
+            str(LR),
+            "--prompts-per-step",
+            str(PROMPTS),
+            "--rollouts",
+            str(GROUP),
+            "--max-response-tokens",
+            str(MAX_TOKENS),
+            "--temperature",
+            str(TEMPERATURE),
+            "--kl-coef",
+            str(KL),
+            "--max-steps",
+            str(args.steps),
+            "--token-budget",
+            "4096",
+            "--seed",
+            str(args.seed),
+            "--engine",
+            "hf",
+            "--verify-workers",
+            "1",
+            "--save-every",
+            "1000",
+            "--log-rollouts",
+            "0",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    return [{"total": r["seconds"], **{p: r[f"seconds_{p}"] for p in PHASES}} for r in rows], [r["reward"] for r in rows]
+    return [{"total": r["seconds"], **{p: r[f"seconds_{p}"] for p in PHASES}} for r in rows], [
+        r["reward"] for r in rows
+    ]
 
 
 def run_trl(args, micro_batch: int, continuous: bool = False):
@@ -45,24 +86,59 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
     import common
     from model import END_OF_TURN, load_tokenizer, model_dir, render_prompt
     from grading import verifier
+
     tokenizer = load_tokenizer(args.model)
     tokenizer.eos_token = END_OF_TURN
     problems = list(common.read_jsonl(args.data))
-    ordered = [problems[i] for s in range(1, args.steps + 1) for i in common.rows_of_step(len(problems), PROMPTS, s, args.seed)]
+    ordered = [
+        problems[i]
+        for s in range(1, args.steps + 1)
+        for i in common.rows_of_step(len(problems), PROMPTS, s, args.seed)
+    ]
     text = [tokenizer.decode(render_prompt(tokenizer, p["problem"])) for p in ordered]
-    assert all(tokenizer(t)["input_ids"] == render_prompt(tokenizer, p["problem"]) for t, p in zip(text, ordered))
+    assert all(
+        tokenizer(t)["input_ids"] == render_prompt(tokenizer, p["problem"])
+        for t, p in zip(text, ordered)
+    )
     data = Dataset.from_dict({"prompt": text, "answer": [p["answer"] for p in ordered]})
 
     def reward(prompts, completions, answer, **_):
-        return [float(v.correct is True) for v in verifier.verify_many(list(zip(completions, answer)), workers=1)]
+        return [
+            float(v.correct is True)
+            for v in verifier.verify_many(list(zip(completions, answer)), workers=1)
+        ]
 
-    config = GRPOConfig(output_dir=args.scratch + "/trl", use_cpu=True, bf16=False, fp16=False, per_device_train_batch_size=micro_batch,
-                        gradient_accumulation_steps=PROMPTS * GROUP // micro_batch, num_generations=GROUP, max_steps=args.steps,
-                        max_completion_length=MAX_TOKENS, temperature=TEMPERATURE, top_p=1.0, top_k=0, beta=KL, loss_type="dapo",
-                        scale_rewards="group", epsilon=0.2, learning_rate=LR, weight_decay=0.01, max_grad_norm=1.0,
-                        lr_scheduler_type="constant", optim="adamw_torch_fused", shuffle_dataset=False, logging_steps=1, report_to=[],
-                        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, seed=args.seed,
-                        use_transformers_continuous_batching=continuous)
+    config = GRPOConfig(
+        output_dir=args.scratch + "/trl",
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=PROMPTS * GROUP // micro_batch,
+        num_generations=GROUP,
+        max_steps=args.steps,
+        max_completion_length=MAX_TOKENS,
+        temperature=TEMPERATURE,
+        top_p=1.0,
+        top_k=0,
+        beta=KL,
+        loss_type="dapo",
+        scale_rewards="group",
+        epsilon=0.2,
+        learning_rate=LR,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        shuffle_dataset=False,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        seed=args.seed,
+        use_transformers_continuous_batching=continuous,
+    )
     marks, rewards, spent = [], [], collections.Counter()
 
     class Clock(TrainerCallback):
@@ -76,38 +152,62 @@ def run_trl(args, micro_batch: int, continuous: bool = False):
             if "reward" in logs:
                 rewards.append(logs["reward"])
 
-    trainer = GRPOTrainer(model=AutoModelForCausalLM.from_pretrained(model_dir(args.model), dtype=torch.float32), args=config, train_dataset=data,
-                          processing_class=tokenizer, reward_funcs=reward, callbacks=[Clock()])
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_dir(args.model), dtype=torch.float32),
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        callbacks=[Clock()],
+    )
 
     def timed(name, function):
         def wrapper(*positional, **named):
-            phase = name if name != "logps" else "update" if torch.is_grad_enabled() else "reference"
+            phase = (
+                name if name != "logps" else "update" if torch.is_grad_enabled() else "reference"
+            )
             start = time.perf_counter()
             try:
                 return function(*positional, **named)
             finally:
                 spent[phase] += time.perf_counter() - start
+
         return wrapper
+
     trainer._generate = timed("rollout", trainer._generate)
     trainer._calculate_rewards = timed("verify", trainer._calculate_rewards)
-    trainer._get_per_token_logps_and_entropies = timed("logps", trainer._get_per_token_logps_and_entropies)
+    trainer._get_per_token_logps_and_entropies = timed(
+        "logps", trainer._get_per_token_logps_and_entropies
+    )
     trainer.train()
     steps = []
     for mark in marks:
         row = {p: mark["after"][p] - mark["before"][p] for p in PHASES}
         row["total"] = mark["end"] - mark["begin"]
-        row["update"] = row["total"] - row["rollout"] - row["verify"] - row["reference"]     # forward, backward, AdamW, the rest
+        row["update"] = (
+            row["total"] - row["rollout"] - row["verify"] - row["reference"]
+        )  # forward, backward, AdamW, the rest
         steps.append(row)
     return steps, rewards
 
 
-VARIANTS = {"ours": run_ours, "TRL, 128 at once": lambda a: run_trl(a, 128), "TRL, 32 at once": lambda a: run_trl(a, 32),
-            "TRL, continuous": lambda a: run_trl(a, 32, True)}
+VARIANTS = {
+    "ours": run_ours,
+    "TRL, 128 at once": lambda a: run_trl(a, 128),
+    "TRL, 32 at once": lambda a: run_trl(a, 32),
+    "TRL, continuous": lambda a: run_trl(a, 32, True),
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "toy/base"), help="a toy model, best one that 03 has fine-tuned")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default=str(ROOT / "toy/base"),
+        help="a toy model, best one that 03 has fine-tuned",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=42, help="of the first round (default 42)")
@@ -117,34 +217,72 @@ def main():
     args = parser.parse_args()
     if args.only:
         import torch
+
         torch.set_num_threads(1)
         steps, rewards = VARIANTS[args.only](args)
         medians = {p: statistics.median(s[p] for s in steps[SKIP:]) for p in ("total", *PHASES)}
         print("\n" + json.dumps({"seconds": medians, "rewards": rewards}))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", scratch, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, ROOT / "toy/world.py", "--out", scratch, "--seed", "0"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         rounds = []
         for number in range(args.rounds):
             rounds.append({})
             for name in args.variants:
-                out = subprocess.run([sys.executable, __file__, "--model", args.model, "--steps", str(args.steps), "--only", name,
-                                      "--seed", str(args.seed + number),
-                                      "--data", scratch + "/rlvr.jsonl", "--scratch", scratch], capture_output=True, text=True,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                out = subprocess.run(
+                    [
+                        sys.executable,
+                        __file__,
+                        "--model",
+                        args.model,
+                        "--steps",
+                        str(args.steps),
+                        "--only",
+                        name,
+                        "--seed",
+                        str(args.seed + number),
+                        "--data",
+                        scratch + "/rlvr.jsonl",
+                        "--scratch",
+                        scratch,
+                    ],
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                )
                 if out.returncode:
                     print(f"{name} failed: {out.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                     continue
                 rounds[-1][name] = json.loads(out.stdout.strip().splitlines()[-1])
                 reward = statistics.mean(rounds[-1][name]["rewards"])
-                print(f"round {number + 1}: {name:16} {rounds[-1][name]['seconds']['total']:6.2f} s a step, mean reward {reward:.3f}", flush=True)
-        print(f"\n{'seconds a step':16} " + " ".join(f"{p:>9}" for p in ("total", *PHASES)) + "  it / ours   reward, first 3 -> last 3 steps")
+                print(
+                    f"round {number + 1}: {name:16} {rounds[-1][name]['seconds']['total']:6.2f} "
+                    f"s a step, mean reward {reward:.3f}",
+                    flush=True,
+                )
+        print(
+            f"\n{'seconds a step':16} "
+            + " ".join(f"{p:>9}" for p in ("total", *PHASES))
+            + "  it / ours   reward, first 3 -> last 3 steps"
+        )
         for name in args.variants:
             got = [r for r in rounds if name in r and "ours" in r]
             if got:
-                cells = " ".join(f"{statistics.median(r[name]['seconds'][p] for r in got):9.2f}" for p in ("total", *PHASES))
-                ratio = statistics.median(r[name]["seconds"]["total"] / r["ours"]["seconds"]["total"] for r in got)
-                first, last = (statistics.mean(x for r in got for x in r[name]["rewards"][s]) for s in (slice(0, 3), slice(-3, None)))
+                cells = " ".join(
+                    f"{statistics.median(r[name]['seconds'][p] for r in got):9.2f}"
+                    for p in ("total", *PHASES)
+                )
+                ratio = statistics.median(
+                    r[name]["seconds"]["total"] / r["ours"]["seconds"]["total"] for r in got
+                )
+                first, last = (
+                    statistics.mean(x for r in got for x in r[name]["rewards"][s])
+                    for s in (slice(0, 3), slice(-3, None))
+                )
                 print(f"{name:16} {cells} {ratio:10.2f}   {first:.3f} -> {last:.3f}")
 
 

@@ -1,10 +1,12 @@
-"""Scoring throughput: 02's packs against a plain one-response-at-a-time Hugging Face loop and length-sorted padded batches.
+"""Scoring throughput: 02's packs against a plain one-response-at-a-time Hugging Face loop and
+length-sorted padded batches.
 
     python bench/score.py [--model toy/base --rounds 5 --responses 2048]
 
-Responses of the toy teacher ("traces"), and the same text cut to lengths from 8 to 500 tokens, log-uniform ("mixed"). float32, one
-thread, from text to perplexity (tokenising included, loading the model not). The three run in turn in each round on the same
-responses. Seconds are CPU seconds of the process, so that other processes disturb little; the table gives medians over rounds and
+Responses of the toy teacher ("traces"), and the same text cut to lengths from 8 to 500 tokens,
+log-uniform ("mixed"). float32, one thread, from text to perplexity (tokenising included, loading
+the model not). The three run in turn in each round on the same responses. Seconds are CPU seconds
+of the process, so that other processes disturb little; the table gives medians over rounds and
 ratios within the round, and the largest relative difference of a perplexity from the plain loop's.
 """
 
@@ -36,10 +38,16 @@ stage = importlib.import_module("02_verify_score")
 def responses(tokenizer, n: int, mixed: bool) -> list[str]:
     """n texts: teacher traces as they are, or a running text of them cut to log-uniform lengths."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"], check=True,
-                       stdout=subprocess.DEVNULL)
-        texts = [text for row in common.read_jsonl(Path(folder) / "teacher_source.jsonl")
-                 for text in row["DeepSeek-R1_Response_List"]]
+        subprocess.run(
+            [sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        texts = [
+            text
+            for row in common.read_jsonl(Path(folder) / "teacher_source.jsonl")
+            for text in row["DeepSeek-R1_Response_List"]
+        ]
     if not mixed:
         return texts[:n]
     draw = np.random.default_rng(0)
@@ -51,11 +59,14 @@ def responses(tokenizer, n: int, mixed: bool) -> list[str]:
 
 
 def ours(model, tokenizer, texts):
-    """As `02 score` does it: blocks of 1,024 rows, packs of at most 2,048 tokens (small enough for a CPU cache)."""
+    """As `02 score` does it: blocks of 1,024 rows, packs of at most 2,048 tokens (small enough for
+    a CPU cache)."""
     args = argparse.Namespace(ppl_context="response", max_score_tokens=32768)
     mean = []
     for start in range(0, len(texts), 1024):
-        sequences = stage.scored_sequences(tokenizer, [{"response": t} for t in texts[start:start + 1024]], args)
+        sequences = stage.scored_sequences(
+            tokenizer, [{"response": t} for t in texts[start : start + 1024]], args
+        )
         nll, n_scored = stage.response_nll(model, sequences, 2048)
         mean.append(nll / n_scored)
     return np.exp(np.concatenate(mean))
@@ -77,41 +88,57 @@ def padded_batches(model, tokenizer, texts, batch: int = 32):
     ids = encode_text(tokenizer, texts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     ppl = np.zeros(len(ids))
-    for rows in (order[i:i + batch] for i in range(0, len(order), batch)):
+    for rows in (order[i : i + batch] for i in range(0, len(order), batch)):
         width = max(len(ids[i]) for i in rows)
         tokens = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in rows])
         length = torch.tensor([len(ids[i]) for i in rows])
         real = torch.arange(width)[None] < length[:, None]
         logits = model(input_ids=tokens, attention_mask=real.long(), use_cache=False).logits[:, :-1]
-        nll = F.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none") * real[:, 1:]
+        nll = (
+            F.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none")
+            * real[:, 1:]
+        )
         ppl[rows] = (nll.sum(1) / (length - 1)).exp().numpy()
     return ppl
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(ROOT / "toy/base"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--responses", type=int, default=2048)
     args = parser.parse_args()
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
+
     tokenizer = load_tokenizer(args.model)
-    stock, packed = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), load_model(args.model)
-    ways = {"plain loop": (plain_loop, stock), "padded batches of 32": (padded_batches, stock), "02 score": (ours, packed)}
+    stock, packed = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32
+    ), load_model(args.model)
+    ways = {
+        "plain loop": (plain_loop, stock),
+        "padded batches of 32": (padded_batches, stock),
+        "02 score": (ours, packed),
+    }
     for name, mixed in (("traces", False), ("mixed", True)):
         texts = responses(tokenizer, args.responses, mixed)
         lengths = [len(ids) for ids in encode_text(tokenizer, texts)]
         seconds, result = {way: [] for way in ways}, {}
-        for way, (run, model) in ways.items():      # warm-up
+        for way, (run, model) in ways.items():  # warm-up
             run(model, tokenizer, texts[:64])
         for _ in range(args.rounds):
             for way, (run, model) in ways.items():
                 begin = time.process_time()
                 result[way] = run(model, tokenizer, texts)
                 seconds[way].append(time.process_time() - begin)
-        print(f"\n{name}: {len(texts)} responses, {sum(lengths):,} tokens, lengths {min(lengths)} to {max(lengths)}, "
-              f"median {statistics.median(lengths):.0f}; torch {torch.__version__}, one thread, {args.rounds} rounds")
+        print(
+            f"\n{name}: {len(texts)} responses, {sum(lengths):,} tokens, lengths {min(lengths)} "
+            f"to {max(lengths)}, "
+            f"median {statistics.median(lengths):.0f}; torch {torch.__version__}, one thread, "
+            f"{args.rounds} rounds"
+        )
         print(f"{'':22}{'tokens/s':>10}{'x plain loop':>14}{'largest difference':>20}")
         for way in ways:
             rate = sum(lengths) / statistics.median(seconds[way])

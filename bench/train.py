@@ -1,11 +1,13 @@
-"""Training throughput on the toy model: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and the bare limit, in turn.
+"""Training throughput on the toy model: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and
+the bare limit, in turn.
 
     pip install -r bench/requirements.txt && python bench/train.py [--rounds 3 --steps 40]
 
-The same 1,500 toy traces, 32 sequences a step, float32, AdamW, one thread, cross entropy on the response. Bare limit: forward,
-backward and AdamW of the stock Hugging Face model on length-sorted, padded batches, and nothing else. Tokens are the sequences'
-own (prompt + response, padding not counted), over the median seconds of a step; the first 5 steps are left out. Each runs in its
-own process; the table gives medians over rounds and ratios within the round.
+The same 1,500 toy traces, 32 sequences a step, float32, AdamW, one thread, cross entropy on the
+response. Bare limit: forward, backward and AdamW of the stock Hugging Face model on length-sorted,
+padded batches, and nothing else. Tokens are the sequences' own (prompt + response, padding not
+counted), over the median seconds of a step; the first 5 steps are left out. Each runs in its own
+process; the table gives medians over rounds and ratios within the round.
 """
 
 import argparse
@@ -26,18 +28,34 @@ PER_STEP, LR, SKIP = 32, 1e-3, 5
 def make_data(folder: Path, model: str):
     """1,500 toy traces as a training set, one per query."""
     import common
-    subprocess.run([sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"], check=True, stdout=subprocess.DEVNULL)
+
+    subprocess.run(
+        [sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     with open(folder / "train.jsonl", "w") as file:
         for i, row in enumerate(common.read_jsonl(folder / "teacher_source.jsonl")):
             responses = row["DeepSeek-R1_Response_List"]
-            file.write(json.dumps({"sid": str(i), "pid": str(i), "problem": row["query"], "response": responses[i % len(responses)],
-                                   "objective": "ce"}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "sid": str(i),
+                        "pid": str(i),
+                        "problem": row["query"],
+                        "response": responses[i % len(responses)],
+                        "objective": "ce",
+                    }
+                )
+                + "\n"
+            )
     return folder / "train.jsonl"
 
 
 def sequences(args):
     import common
     from model import encode_response, load_tokenizer, render_prompt
+
     tokenizer = load_tokenizer(args.model)
     for row in common.read_jsonl(args.data):
         prompt = render_prompt(tokenizer, row["problem"])
@@ -46,24 +64,52 @@ def sequences(args):
 
 def run_ours(args):
     out = Path(args.scratch) / f"ours{time.time()}"
-    subprocess.run([sys.executable, ROOT / "03_train_oxa.py", "--model", args.model, "--data", args.data, "--out", out, "--lr", str(LR),
-                    "--epochs", "6", "--ce-per-step", str(PER_STEP), "--token-budget", "4096", "--stop-at", str(args.steps)],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "03_train_oxa.py",
+            "--model",
+            args.model,
+            "--data",
+            args.data,
+            "--out",
+            out,
+            "--lr",
+            str(LR),
+            "--epochs",
+            "6",
+            "--ce-per-step",
+            str(PER_STEP),
+            "--token-budget",
+            "4096",
+            "--stop-at",
+            str(args.steps),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     return [r["seconds"] for r in rows], [r["tokens"] for r in rows], [r["ce_loss"] for r in rows]
 
 
 def run_bare(args):
-    """Length-sorted batches of stock Hugging Face: the most that this model gives without packing."""
+    """Length-sorted batches of stock Hugging Face: the most that this model gives without
+    packing."""
     import torch
     from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(args.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     rows = sorted(sequences(args), key=lambda s: len(s[0]))
     seconds, tokens, losses = [], [], []
     generator = torch.Generator().manual_seed(0)
-    for start in (torch.randperm(len(rows) // PER_STEP, generator=generator)[:args.steps] * PER_STEP).tolist():
-        batch = rows[start:start + PER_STEP]
+    for start in (
+        torch.randperm(len(rows) // PER_STEP, generator=generator)[: args.steps] * PER_STEP
+    ).tolist():
+        batch = rows[start : start + PER_STEP]
         width = max(len(ids) for ids, _ in batch)
         begin = time.perf_counter()
         ids = torch.tensor([s + [0] * (width - len(s)) for s, _ in batch])
@@ -85,16 +131,40 @@ def run_trl(args, micro_batch: int, packing: bool):
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     from model import load_tokenizer
+
     rows = list(sequences(args))
-    data = Dataset.from_dict({"input_ids": [s for s, _ in rows], "completion_mask": [[0] * p + [1] * (len(s) - p) for s, p in rows]})
+    data = Dataset.from_dict(
+        {
+            "input_ids": [s for s, _ in rows],
+            "completion_mask": [[0] * p + [1] * (len(s) - p) for s, p in rows],
+        }
+    )
     mean_tokens = sum(len(s) for s, _ in rows) / len(rows)
     # packed: rows of 512 tokens, as many a step as hold the same number of tokens
     accumulation = round(PER_STEP * mean_tokens / 512) if packing else PER_STEP // micro_batch
-    config = SFTConfig(output_dir=args.scratch + "/trl", use_cpu=True, bf16=False, fp16=False, per_device_train_batch_size=micro_batch,
-                       gradient_accumulation_steps=accumulation, max_steps=args.steps, learning_rate=LR, weight_decay=0.1,
-                       adam_beta2=0.95, lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no",
-                       disable_tqdm=True, gradient_checkpointing=False, packing=packing, max_length=512, seed=0, completion_only_loss=True,
-                       optim="adamw_torch_fused")
+    config = SFTConfig(
+        output_dir=args.scratch + "/trl",
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=args.steps,
+        learning_rate=LR,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        packing=packing,
+        max_length=512,
+        seed=0,
+        completion_only_loss=True,
+        optim="adamw_torch_fused",
+    )
     marks, losses, counted = [], [], []
 
     class Clock(TrainerCallback):
@@ -108,27 +178,39 @@ def run_trl(args, micro_batch: int, packing: bool):
             if "loss" in logs:
                 losses.append(logs["loss"])
 
-    trainer = SFTTrainer(model=AutoModelForCausalLM.from_pretrained(args.model), args=config, train_dataset=data,
-                         processing_class=load_tokenizer(args.model), callbacks=[Clock()])
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(args.model),
+        args=config,
+        train_dataset=data,
+        processing_class=load_tokenizer(args.model),
+        callbacks=[Clock()],
+    )
     forward = trainer.compute_loss
 
-    def counting(model, inputs, *rest, **more):          # the sequences' own tokens that went through
+    def counting(model, inputs, *rest, **more):  # the sequences' own tokens that went through
         mask = inputs.get("attention_mask")
         counted.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
         return forward(model, inputs, *rest, **more)
+
     trainer.compute_loss = counting
     trainer.train()
-    tokens = [sum(counted[i:i + accumulation]) for i in range(0, len(counted), accumulation)]
+    tokens = [sum(counted[i : i + accumulation]) for i in range(0, len(counted), accumulation)]
     return [b - a for a, b in marks], tokens, losses
 
 
-VARIANTS = {"ours": run_ours, "bare limit": run_bare,
-            "TRL padded, 8": lambda a: run_trl(a, 8, False), "TRL padded, 32": lambda a: run_trl(a, 32, False),
-            "TRL packed": lambda a: run_trl(a, 1, True)}
+VARIANTS = {
+    "ours": run_ours,
+    "bare limit": run_bare,
+    "TRL padded, 8": lambda a: run_trl(a, 8, False),
+    "TRL padded, 32": lambda a: run_trl(a, 32, False),
+    "TRL packed": lambda a: run_trl(a, 1, True),
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(ROOT / "toy/base"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
@@ -137,10 +219,20 @@ def main():
     args = parser.parse_args()
     if args.only:
         import torch
+
         torch.set_num_threads(1)
         seconds, tokens, losses = VARIANTS[args.only](args)
         rate = statistics.median(n / s for n, s in zip(tokens[SKIP:], seconds[SKIP:]))
-        print("\n" + json.dumps({"rate": rate, "first": statistics.mean(losses[:3]), "last": statistics.mean(losses[-5:])}))
+        print(
+            "\n"
+            + json.dumps(
+                {
+                    "rate": rate,
+                    "first": statistics.mean(losses[:3]),
+                    "last": statistics.mean(losses[-5:]),
+                }
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as scratch:
         data = make_data(Path(scratch), args.model)
@@ -148,20 +240,43 @@ def main():
         for number in range(args.rounds):
             rounds.append({})
             for name in VARIANTS:
-                out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name, "--data", data, "--scratch", scratch],
-                                     capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+                out = subprocess.run(
+                    [
+                        sys.executable,
+                        __file__,
+                        *sys.argv[1:],
+                        "--only",
+                        name,
+                        "--data",
+                        data,
+                        "--scratch",
+                        scratch,
+                    ],
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                )
                 if out.returncode:
                     print(f"{name} failed: {out.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                     continue
                 rounds[-1][name] = json.loads(out.stdout.strip().splitlines()[-1])
-                print(f"round {number + 1}: {name:16} {rounds[-1][name]['rate']:8.0f} tokens/s", flush=True)
-        print(f"\n{'':16} {'tokens/s':>9} {'ours / it':>10}   loss, first 3 -> last 5 of {args.steps} steps")
+                print(
+                    f"round {number + 1}: {name:16} {rounds[-1][name]['rate']:8.0f} tokens/s",
+                    flush=True,
+                )
+        print(
+            f"\n{'':16} {'tokens/s':>9} {'ours / it':>10}   loss, first 3 -> last 5 of "
+            f"{args.steps} steps"
+        )
         for name in VARIANTS:
             got = [r for r in rounds if name in r and "ours" in r]
             if got:
-                print(f"{name:16} {statistics.median(r[name]['rate'] for r in got):9.0f} "
-                      f"{statistics.median(r['ours']['rate'] / r[name]['rate'] for r in got):10.2f}   "
-                      f"{got[0][name]['first']:.3f} -> {got[0][name]['last']:.3f}")
+                ratio = statistics.median(r["ours"]["rate"] / r[name]["rate"] for r in got)
+                print(
+                    f"{name:16} {statistics.median(r[name]['rate'] for r in got):9.0f} "
+                    f"{ratio:10.2f}   "
+                    f"{got[0][name]['first']:.3f} -> {got[0][name]['last']:.3f}"
+                )
 
 
 if __name__ == "__main__":

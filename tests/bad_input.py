@@ -24,6 +24,7 @@ INPUT = {"problems": "problems.jsonl", "teacher": "source.jsonl", "model": "prob
          "eval": "problems.jsonl"}
 ALL = " ".join(INPUT)
 READERS = "model verify score select show train rlvr eval"          # of this project's own rows
+WITH_PID = "model verify score select show rlvr eval"
 WITH_SID = "verify score select show train"
 WITH_PROBLEMS = "model rlvr eval"
 WITH_MODEL = "model score train rlvr eval"
@@ -97,7 +98,8 @@ DEEP = b'{"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
 
 CASES = [
     # ---- the file
-    (ALL, content(b""), "empty"),
+    (READERS, content(b""), "is empty"),
+    ("problems teacher", content(b""), "has no rows"),
     (ALL, folder(), "director"),
     (ALL, content("{}\n".encode("utf-16")), "not valid JSON"),
     (ALL, content(b"\x1f\x8b\x08\x00"), "not valid JSON"),
@@ -110,13 +112,13 @@ CASES = [
     (READERS, line(b'{"x": "' + b"y" * 2**24 + b'"}'), ":3: the line is longer than"),
     (ALL, line(DEEP), ":3: "),
     # ---- the fields
-    (READERS, row(pid=GONE), ":3: field 'pid' is missing"),
-    (READERS, row(pid=7), ":3: field 'pid' is int"),
-    (READERS, row(pid=""), ":3: field 'pid' is ''"),
-    (READERS, row(pid="\ud800"), ":3: a \\uD800-\\uDFFF stands alone"),
+    (WITH_PID, row(pid=GONE), ":3: field 'pid' is missing"),
+    (WITH_PID, row(pid=7), ":3: field 'pid' is int"),
+    (WITH_PID, row(pid=""), ":3: field 'pid' is ''"),
+    (WITH_PID, row(pid="\ud800"), ":3: a \\uD800-\\uDFFF stands alone"),
     (WITH_SID, row(sid=""), ":3: field 'sid' is ''"),
     (WITH_SID, row(sid=None), ":3: field 'sid' is NoneType"),
-    (WITH_SID, again(), "twice"),
+    ("verify score select train", again(), "twice"),
     (WITH_PROBLEMS, again(), "twice"),
     (WITH_PROBLEMS, row(problem=""), ":3: field 'problem' is ''"),
     (WITH_PROBLEMS, row(problem=None), ":3: field 'problem' is NoneType"),
@@ -145,7 +147,7 @@ CASES = [
     ("train", row(response=""), "response"),
     ("train", row(problem=" "), ":3: field 'problem' is ' '"),
     ("verify", row(pid="nowhere"), "no problem 'nowhere'"),
-    ("teacher", row(query=None), "query"),
+    ("teacher", row(query=3), "query"),
     ("teacher", row(answer=[["1"]]), "answer"),
     # ---- the flags
     ("train", flags("--lr nan"), "--lr must be a finite number"),
@@ -208,5 +210,6 @@ MEANT = [
     ("score", model("no chat template"), "perplexity is of the response's text alone"),
     ("show", again(), "to look at a file is no use of its keys"),
     ("eval", row(pid="a\nb \U0001f600"), "a name may hold what it likes; it is printed with escapes"),
+    ("teacher", row(query=None), "a row without a problem is counted, as sources have them"),
     ("model", row(answer=None), "sampling needs no answers"),
 ]

@@ -497,6 +497,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
     (["--out", "elsewhere"], "--model is needed"),
     (["--model", "nowhere/here"], "other settings"),
     (["--n", "0"], "at least 1"),
+    (["--temperature", "1e-320"], "--temperature must be 0 (greedy) or at least 0.01"),
     (["--top-p", "0"], "--top-p must lie in (0, 1], got 0.0"),
     (["--model", "MODEL", "--n-of", "a=some"], "NAME=N"),
     (["--model", "MODEL", "--n-of", "other=9"], "no --problems file has that name; there is a"),

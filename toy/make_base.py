@@ -1,18 +1,22 @@
-"""Pretrain the toy base: a small Qwen2 model that is competent but lazy, and the measurements that show it.
+"""Pretrain the toy base: a small Qwen2 model that is competent but lazy, and the measurements that
+show it.
 
-*Competent*: started in a careful style it solves most in-distribution problems. *Lazy*: left alone it rarely starts so.
-The pretraining text makes it so, in two phases: the answers to questions are first mostly careful, then mostly shallow.
-A quarter is text without a question, so that perplexity without a prompt is measured in the model's distribution.
+*Competent*: started in a careful style it solves most in-distribution problems. *Lazy*: left alone
+it rarely starts so. The pretraining text makes it so, in two phases: the answers to questions are
+first mostly careful, then mostly shallow. A quarter is text without a question, so that perplexity
+without a prompt is measured in the model's distribution.
 
     python toy/make_base.py --out toy/base
     python toy/make_base.py --out toy/base_easy --world easy-leap --n-docs 120000
-    python toy/make_base.py --out toy/base --gates-only --careful-share 0.12 --traces 16 --mu-quantile 0.92
-                                                                 # measure an existing base again, for toy.toml's teacher
+    # measure an existing base again, for toy.toml's teacher
+    python toy/make_base.py --out toy/base --gates-only --careful-share 0.12 --traces 16 \\
+        --mu-quantile 0.92
 
-writes a Hugging Face directory (config, safetensors, tokenizer) with make_base.json (seed, data hash, time, gates) in it,
-and exits with code 1 if a gate is missed. One thread; 6 and 10 minutes.
+writes a Hugging Face directory (config, safetensors, tokenizer) with make_base.json (seed, data
+hash, time, gates) in it, and exits with code 1 if a gate is missed. One thread; 6 and 10 minutes.
 
-Deliberate simplifications: one epoch over fresh text, right-padded batches of documents of like length, no dropout.
+Deliberate simplifications: one epoch over fresh text, right-padded batches of documents of like
+length, no dropout.
 """
 
 import argparse
@@ -31,33 +35,59 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from model import (decode_response, encode_text, END_OF_TEXT, END_OF_TURN, INSTRUCTION, load_model,
-                   load_tokenizer, pack_sequences, render_prompt, stop_ids, token_logprobs)
+from model import (
+    decode_response,
+    encode_text,
+    END_OF_TEXT,
+    END_OF_TURN,
+    INSTRUCTION,
+    load_model,
+    load_tokenizer,
+    pack_sequences,
+    render_prompt,
+    stop_ids,
+    token_logprobs,
+)
 import engines
 from toy import world
 
 SPECIAL = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# What the base reads, in two phases: it first learns to solve with care, then takes on lazy habits. Shares of the styles in
-# answers to a question (of each phase), and in text without a question (throughout).
+# What the base reads, in two phases: it first learns to solve with care, then takes on lazy habits.
+# Shares of the styles in answers to a question (of each phase), and in text without a question
+# (throughout).
 STUDY_MIX = {
-    "boiler": 0.10, "leap": 0.10, "noisy": 0.02, "terse": 0.24, "col": 0.18, "split": 0.18, "reflect": 0.18,
+    "boiler": 0.10, "leap": 0.10, "noisy": 0.02,
+    "terse": 0.24, "col": 0.18, "split": 0.18, "reflect": 0.18,
 }  # fmt: skip
 HABIT_MIX = {
-    "boiler": 0.29, "leap": 0.31, "noisy": 0.04, "terse": 0.12, "col": 0.08, "split": 0.08, "reflect": 0.08,
+    "boiler": 0.29, "leap": 0.31, "noisy": 0.04,
+    "terse": 0.12, "col": 0.08, "split": 0.08, "reflect": 0.08,
 }  # fmt: skip
 TEXT_MIX = {
-    "boiler": 0.22, "leap": 0.12, "noisy": 0.06, "terse": 0.12, "col": 0.16, "split": 0.16, "reflect": 0.16,
+    "boiler": 0.22, "leap": 0.12, "noisy": 0.06,
+    "terse": 0.12, "col": 0.16, "split": 0.16, "reflect": 0.16,
 }  # fmt: skip
 STUDY_SHARE, TEXT_SHARE = 0.62, 0.25
-# Tables of sums: all of the first text, and a share of the rest of the first phase. Sums of two digits take longer to learn.
+# Tables of sums: all of the first text, and a share of the rest of the first phase. Sums of two
+# digits take longer to learn.
 DRILLS_UNTIL, DRILL_SHARE = {"deep-leap": 0.175, "easy-leap": 0.25}, 0.1
-LONGER_AFTER = (0.26, 0.34, 0.42)  # the share of the text after which problems of 2, 3, 4 operations appear
-N_OPS = {1: 0.12, 2: 0.36, 3: 0.32, 4: 0.20}  # operations of a problem; one alone is always solved with care
+LONGER_AFTER = (
+    0.26,
+    0.34,
+    0.42,
+)  # the share of the text after which problems of 2, 3, 4 operations appear
+N_OPS = {
+    1: 0.12,
+    2: 0.36,
+    3: 0.32,
+    4: 0.20,
+}  # operations of a problem; one alone is always solved with care
 
 # Limits of the gates: fixed before any arm was run (docs/LOG.md). (name, lowest, highest) allowed.
 GATES = {
@@ -66,7 +96,11 @@ GATES = {
         ("careful_share_alone", 0.0, 0.20),  # left alone: how often it starts so
         ("pass1_alone", 0.05, 0.40),  # neither chance nor high
         ("shallow_right_id", 0.0, 0.20),  # the shortcut cannot be executed
-        ("picked_by_gaussian", 0.85, 1.0),  # share of careful traces that a Gaussian at the quantile picks
+        (
+            "picked_by_gaussian",
+            0.85,
+            1.0,
+        ),  # share of careful traces that a Gaussian at the quantile picks
         ("picked_by_lowest_ppl", 0.0, 0.25),
         ("picked_by_longest", 0.0, 0.30),
         ("picked_by_like_length", 0.0, 0.70),
@@ -78,21 +112,27 @@ GATES = {
         ("picked_by_gaussian", 0.85, 1.0),
     ),
 }
-# Width of the Gaussian, as in recipes/toy.toml, and the range of perplexities whose quantile is its centre.
+# Width of the Gaussian, as in recipes/toy.toml, and the range of perplexities whose quantile is its
+# centre.
 SIGMA, PPL_RANGE = 0.15, (1.0, 5.0)
 
 
-# --- tokenizer ------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def build_tokenizer():
-    """One token for each piece of the world's text; decoding is concatenation, so that every trace comes back exactly."""
+    """One token for each piece of the world's text; decoding is concatenation, so that every trace
+    comes back exactly."""
     added = (world.THINK, world.END_THINK, world.BOXED, INSTRUCTION)
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, "<unk>", *added, *world.PIECES))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     longest_first = sorted(world.PIECES, key=len, reverse=True)
-    # The last alternative cuts foreign text into characters (unknown ones), so that markup inside a text is not a token.
-    pattern = "|".join("".join("\\" + c if c in "+.?}" else c for c in piece) for piece in longest_first) + "|."
+    # The last alternative cuts foreign text into characters (unknown ones), so that markup inside a
+    # text is not a token.
+    pattern = (
+        "|".join("".join("\\" + c if c in "+.?}" else c for c in piece) for piece in longest_first)
+        + "|."
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
@@ -103,13 +143,15 @@ def build_tokenizer():
     )  # fmt: skip
 
 
-# --- pretraining text -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------- pretraining text
 
 
 def drill(rng, which, n=12):
-    """Digit sums with and without a carry or borrow, as careful steps use them: `7+5=2', 4+2'=7, ...`
+    """Digit sums with and without a carry or borrow, as careful steps use them: `7+5=2', 4+2'=7,
+    ...`
 
-    In world easy-leap half of these tables are sums of two digits, as its shallow steps use them: `47+25=72, ...`
+    In world easy-leap half of these tables are sums of two digits, as its shallow steps use them:
+    `47+25=72, ...`
     """
     out, whole = [], which == "easy-leap" and rng.random() < 0.5
     for _ in range(n):
@@ -117,7 +159,12 @@ def drill(rng, which, n=12):
             a, sign, b = rng.randint(0, 99), rng.choice("+-"), rng.randint(10, 99)
             out.append(f"{a:02d}{sign}{b}={(a + b if sign == '+' else a - b) % 100:02d}")
             continue
-        a, sign, b, carry = rng.randint(0, 9), rng.choice("+-"), rng.randint(0, 9), rng.randint(0, 1)
+        a, sign, b, carry = (
+            rng.randint(0, 9),
+            rng.choice("+-"),
+            rng.randint(0, 9),
+            rng.randint(0, 1),
+        )
         if carry:
             out.append(f"{a}{sign}{b}'={(a + b + 1 if sign == '+' else a - b - 1) % 10}")
         else:
@@ -126,7 +173,8 @@ def drill(rng, which, n=12):
 
 
 def documents(tokenizer, n, seed, which):
-    """n documents -> (list of (ids, start), sha256 of the text). Tokens start.. are learnt: the answer, not the question."""
+    """n documents -> (list of (ids, start), sha256 of the text). Tokens start.. are learnt: the
+    answer, not the question."""
     rng, banned, digest = random.Random(f"toy base {seed}"), world.held_out(), hashlib.sha256()
     problems, texts = [], []
     while len(texts) < n:
@@ -138,7 +186,9 @@ def documents(tokenizer, n, seed, which):
             continue
         longest = 1 + sum(len(texts) > share * n for share in LONGER_AFTER)
         choices = [n_ops for n_ops in N_OPS if n_ops <= longest]
-        problem = world.draw_problem(rng, rng.choices(choices, weights=[N_OPS[c] for c in choices])[0])
+        problem = world.draw_problem(
+            rng, rng.choices(choices, weights=[N_OPS[c] for c in choices])[0]
+        )
         if problem in banned:
             continue
         asked = rng.random() >= TEXT_SHARE
@@ -158,7 +208,8 @@ def documents(tokenizer, n, seed, which):
 
 
 def batches(docs, size, rng):
-    """Batches of documents of like length, in the order of the text but for a shuffle of 64 batches: lists of indices."""
+    """Batches of documents of like length, in the order of the text but for a shuffle of 64
+    batches: lists of indices."""
     out = []
     for i in range(0, len(docs), size * 64):
         pool = list(range(i, min(i + size * 64, len(docs))))
@@ -171,8 +222,8 @@ def batches(docs, size, rng):
 
 
 def collate(docs, indices):
-    """-> input_ids [B, T], labels [B, T] (-100 where nothing is learnt). Padding stands on the right, so causal
-    attention never sees it and no mask is needed."""
+    """-> input_ids [B, T], labels [B, T] (-100 where nothing is learnt). Padding stands on the
+    right, so causal attention never sees it and no mask is needed."""
     longest = max(len(docs[i][0]) for i in indices)
     input_ids = torch.zeros(len(indices), longest, dtype=torch.long)
     labels = torch.full((len(indices), longest), -100)
@@ -186,21 +237,37 @@ def collate(docs, indices):
 def pretrain(args, tokenizer):
     torch.manual_seed(args.seed)
     config = Qwen2Config(
-        vocab_size=math.ceil(len(tokenizer) / 8) * 8, hidden_size=args.hidden, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 32, num_key_value_heads=args.hidden // 64, head_dim=32,
-        intermediate_size=args.hidden * 2, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
-        use_sliding_window=False, initializer_range=0.1, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, dtype="float32",
-    )  # fmt: skip
+        vocab_size=math.ceil(len(tokenizer) / 8) * 8,
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 2,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32,
+        num_key_value_heads=args.hidden // 64,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = stop_ids(tokenizer)
     docs, text_hash = documents(tokenizer, args.n_docs, args.seed, args.world)
     schedule = batches(docs, args.batch, random.Random(args.seed))
     n_tokens = sum(len(ids) for ids, _ in docs)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(docs)} documents, {n_tokens} tokens, "
-          f"{len(schedule)} steps, data {text_hash[:12]}", flush=True)  # fmt: skip
-    # Muon for the matrices inside the layers: copying from the prompt is learnt in 0.5M tokens instead of more than 3M.
-    # The large initial weights matter too: with 0.02 digit sums stayed at chance in the same time.
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{n_parameters} parameters, {len(docs)} documents, {n_tokens} tokens, "
+        f"{len(schedule)} steps, data {text_hash[:12]}",
+        flush=True,
+    )
+    # Muon for the matrices inside the layers: copying from the prompt is learnt in 0.5M tokens
+    # instead of more than 3M. The large initial weights matter too: with 0.02 digit sums stayed at
+    # chance in the same time.
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
@@ -210,7 +277,12 @@ def pretrain(args, tokenizer):
     ]
     warmup, began, seen = 100, time.time(), 0
     for step, indices in enumerate(schedule):
-        lr = args.lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / len(schedule)))
+        lr = (
+            args.lr
+            * min(1, (step + 1) / warmup)
+            * 0.5
+            * (1 + math.cos(math.pi * step / len(schedule)))
+        )
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -224,10 +296,18 @@ def pretrain(args, tokenizer):
         seen += input_ids.numel()
         if step % 200 == 0:
             seconds = time.time() - began
-            print(f"step {step} loss {loss.item():.4f} lr {lr:.2e} {seen / seconds:.0f} tok/s {seconds:.0f} s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.4f} lr {lr:.2e} {seen / seconds:.0f} tok/s "
+                f"{seconds:.0f} s",
+                flush=True,
+            )
         if args.probe_every and step and step % args.probe_every == 0:
             save(args.out, model, tokenizer)
-            print("probe", {k: round(v, 3) for k, v in execution(args, tokenizer, 48, 1).items()}, flush=True)
+            print(
+                "probe",
+                {k: round(v, 3) for k, v in execution(args, tokenizer, 48, 1).items()},
+                flush=True,
+            )
     save(args.out, model, tokenizer)
     return {"data_sha256": text_hash, "n_tokens": n_tokens, "seconds": round(time.time() - began),
             "steps": len(schedule), "final_loss": round(loss.item(), 4)}  # fmt: skip
@@ -238,7 +318,7 @@ def save(out, model, tokenizer):
     tokenizer.save_pretrained(out)
 
 
-# --- gates ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------- gates
 
 
 def sample_responses(args, tokenizer, jobs):
@@ -256,14 +336,25 @@ def sample_responses(args, tokenizer, jobs):
 
 
 def execution(args, tokenizer, n_problems=96, n_alone=8):
-    """How often is each style executed right when the response is started in it, and what does the base do alone?"""
+    """How often is each style executed right when the response is started in it, and what does the
+    base do alone?"""
     sets, out = world.eval_problems(n_problems), {}
     for name, problems in sets.items():
         jobs = [
-            (problem, world.THINK + world.OPENINGS[style][i % len(world.OPENINGS[style])] + extra, style)
+            (
+                problem,
+                world.THINK + world.OPENINGS[style][i % len(world.OPENINGS[style])] + extra,
+                style,
+            )
             for style in world.STYLES
             for i, problem in enumerate(problems)
-            for extra in [f"{problem[0]}{problem[1][0][0]}" if style == "leap" else "so " if style == "noisy" else ""]
+            for extra in [
+                (
+                    f"{problem[0]}{problem[1][0][0]}"
+                    if style == "leap"
+                    else "so " if style == "noisy" else ""
+                )
+            ]
         ]
         responses = sample_responses(args, tokenizer, [job[:2] for job in jobs])
         right = {style: [] for style in world.STYLES}
@@ -272,7 +363,9 @@ def execution(args, tokenizer, n_problems=96, n_alone=8):
         for style in world.STYLES:
             out[f"{style}_right_{name}"] = sum(right[style]) / n_problems
         for group, styles in (("careful", world.CAREFUL), ("shallow", world.SHALLOW)):
-            out[f"{group}_right_{name}"] = sum(out[f"{style}_right_{name}"] for style in styles) / len(styles)
+            out[f"{group}_right_{name}"] = sum(
+                out[f"{style}_right_{name}"] for style in styles
+            ) / len(styles)
     problems = sets["id"] * n_alone
     alone = sample_responses(args, tokenizer, [(problem, "") for problem in problems])
     styles = [world.style_of(response)[0] for response in alone]
@@ -280,7 +373,8 @@ def execution(args, tokenizer, n_problems=96, n_alone=8):
         out[f"{style}_share_alone"] = styles.count(style) / len(styles)
     out["careful_share_alone"] = sum(out[f"{style}_share_alone"] for style in world.CAREFUL)
     out["pass1_alone"] = sum(
-        response.endswith(f"{world.BOXED}{world.answer_text(problem)}}}") for response, problem in zip(alone, problems)
+        response.endswith(f"{world.BOXED}{world.answer_text(problem)}}}")
+        for response, problem in zip(alone, problems)
     ) / len(alone)
     return out
 
@@ -299,21 +393,28 @@ def perplexities(args, tokenizer, texts):
 
 
 def selection(args, tokenizer, n_queries=300):
-    """Which traces would each rule pick? Share of careful ones, and the perplexity and length of every style."""
+    """Which traces would each rule pick? Share of careful ones, and the perplexity and length of
+    every style."""
     rng, taken = random.Random("gates"), world.held_out()
     rows = []  # (query, style, n_tokens, ppl)
     for q, problem in enumerate(world.draw_distinct(rng, n_queries, world.N_OPS_TRAIN, taken)):
-        for style, wrong, text in world.teacher_traces(rng, problem, args.traces, args.world, args.careful_share):
+        for style, wrong, text in world.teacher_traces(
+            rng, problem, args.traces, args.world, args.careful_share
+        ):
             if not wrong:
                 rows.append((q, style, text))
     ppl = perplexities(args, tokenizer, [text for *_, text in rows])
-    rows = [(q, style, len(encode_text(tokenizer, text)), p) for (q, style, text), p in zip(rows, ppl)]
+    rows = [
+        (q, style, len(encode_text(tokenizer, text)), p) for (q, style, text), p in zip(rows, ppl)
+    ]
     care = [float(style in world.CAREFUL) for _, style, _, _ in rows]
     out = {}
     for style in world.STYLES:
         for name, column in (("ppl", 3), ("tokens", 2)):
             of_style = sorted(row[column] for row in rows if row[1] == style)
-            out[f"{name}_{style}"] = [round(of_style[int(f * (len(of_style) - 1))], 3) for f in (0.05, 0.5, 0.95)]
+            out[f"{name}_{style}"] = [
+                round(of_style[int(f * (len(of_style) - 1))], 3) for f in (0.05, 0.5, 0.95)
+            ]
     inside = sorted(p for p in ppl if PPL_RANGE[0] <= p <= PPL_RANGE[1])
     mu = inside[int(args.mu_quantile * (len(inside) - 1))]
     weight = [math.exp(-0.5 * ((p - mu) / SIGMA) ** 2) for p in ppl]
@@ -342,42 +443,83 @@ def selection(args, tokenizer, n_queries=300):
 def measure_gates(args, tokenizer):
     """-> (figures, list of missed gates); both printed."""
     figures = {**execution(args, tokenizer), **selection(args, tokenizer)}
-    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    figures = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
     for name, value in figures.items():
         print(f"  {name:24s} {value}")
     missed = []
     for name, low, high in GATES[args.world]:
         passed = low <= figures[name] <= high
         missed += [] if passed else [name]
-        print(f"gate {name:24s} {figures[name]:.3f} in [{low:g}, {high:g}]: {'passed' if passed else 'MISSED'}")
+        print(
+            f"gate {name:24s} {figures[name]:.3f} in [{low:g}, {high:g}]: "
+            f"{'passed' if passed else 'MISSED'}"
+        )
     return figures, missed
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="Hugging Face directory of the base")
-    parser.add_argument("--world", choices=world.WORLDS, default="deep-leap", help="default deep-leap")
+    parser.add_argument(
+        "--world", choices=world.WORLDS, default="deep-leap", help="default deep-leap"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument("--n-docs", type=int, default=80000, help="documents, each read once (default 80000)")
+    parser.add_argument(
+        "--n-docs", type=int, default=80000, help="documents, each read once (default 80000)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="documents a step (default 32)")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 64 (default 128)")
+    parser.add_argument(
+        "--hidden", type=int, default=128, help="hidden size, a multiple of 64 (default 128)"
+    )
     parser.add_argument("--layers", type=int, default=3, help="default 3")
-    parser.add_argument("--probe-every", type=int, default=0, help="steps between short measurements; 0: none (default)")
-    parser.add_argument("--careful-share", type=float, default=world.CAREFUL_SHARE,
-                        help=f"gates: of the teacher's traces (default {world.CAREFUL_SHARE})")
-    parser.add_argument("--traces", type=int, default=6, help="gates: teacher traces a query (default 6)")
-    parser.add_argument("--mu-quantile", type=float, default=0.82, help="gates: where the Gaussian stands (default 0.82)")
-    parser.add_argument("--gates-only", action="store_true", help="measure the base in --out, train nothing")
+    parser.add_argument(
+        "--probe-every",
+        type=int,
+        default=0,
+        help="steps between short measurements; 0: none (default)",
+    )
+    parser.add_argument(
+        "--careful-share",
+        type=float,
+        default=world.CAREFUL_SHARE,
+        help=f"gates: of the teacher's traces (default {world.CAREFUL_SHARE})",
+    )
+    parser.add_argument(
+        "--traces", type=int, default=6, help="gates: teacher traces a query (default 6)"
+    )
+    parser.add_argument(
+        "--mu-quantile",
+        type=float,
+        default=0.82,
+        help="gates: where the Gaussian stands (default 0.82)",
+    )
+    parser.add_argument(
+        "--gates-only", action="store_true", help="measure the base in --out, train nothing"
+    )
     args = parser.parse_args(argv)
     tokenizer = load_tokenizer(args.out) if args.gates_only else build_tokenizer()
     record_path = Path(args.out) / "make_base.json"
     if args.gates_only:
         record = json.loads(record_path.read_text()) if record_path.exists() else {}
     else:
-        record = {"args": {k: v for k, v in vars(args).items() if k != "out"}, "torch": torch.__version__,
-                  "threads": torch.get_num_threads(), "cpus": os.cpu_count(), **pretrain(args, tokenizer)}  # fmt: skip
-    record["teacher"] = {"careful_share": args.careful_share, "traces": args.traces, "mu_quantile": args.mu_quantile}
+        record = {
+            "args": {k: v for k, v in vars(args).items() if k != "out"},
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            **pretrain(args, tokenizer),
+        }
+    record["teacher"] = {
+        "careful_share": args.careful_share,
+        "traces": args.traces,
+        "mu_quantile": args.mu_quantile,
+    }
     record["gates"], record["missed"] = measure_gates(args, tokenizer)
     record_path.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if record["missed"] else 0

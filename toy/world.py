@@ -1,38 +1,46 @@
-"""The toy world: arithmetic problems, a rule-based teacher with several styles, and the files the five scripts read.
+"""The toy world: arithmetic problems, a rule-based teacher with several styles, and the files the
+five scripts read.
 
-A problem is a two-digit start followed by L additions or subtractions of two-digit numbers, modulo 100. Each operation
-carries a letter, so that a solution can name the one it works on:
+A problem is a two-digit start followed by L additions or subtractions of two-digit numbers, modulo
+100. Each operation carries a letter, so that a solution can name the one it works on:
 
     47A+25B-13 mod 100        answer 59
 
 The teacher solves it in one of two ways.
-- *Shallow*: all operations at once, no intermediate value (`47A+25B-13=59`). Right in the teacher's text, but more than
-  a small model can do in its head, so that seeing more of it does not help.
-- *Careful*: one operation after the other, digit by digit: `A+25, 7+5=2', 4+2'=7, 72.` (a prime: carry or borrow).
+- *Shallow*: all operations at once, no intermediate value (`47A+25B-13=59`). Right in the teacher's
+  text, but more than a small model can do in its head, so that seeing more of it does not help.
+- *Careful*: one operation after the other, digit by digit: `A+25, 7+5=2', 4+2'=7, 72.` (a prime:
+  carry or borrow).
 
-Length and wording are drawn apart from care, so that only the wording (hence perplexity) tells the styles apart:
+Length and wording are drawn apart from care, so that only the wording (hence perplexity) tells the
+styles apart:
 
-| style   | strategy | wording                                   | length of a response       | perplexity of the text |
-|---------|----------|-------------------------------------------|----------------------------|------------------------|
-| boiler  | shallow  | fixed phrases, restating the task         | as careful ones, or longer | lowest                 |
-| leap    | shallow  | none                                      | short                      | low                    |
-| noisy   | shallow  | many random words between restatements    | longest                    | highest                |
-| terse   | careful  | one word an operation                     | medium                     | low                    |
-| col     | careful  | units, then tens; 1-2 words a clause      | long                       | the band to be found   |
-| split   | careful  | tens, then units; 1-2 words a clause      | long                       | the band to be found   |
-| reflect | careful  | a guess (right or wrong), "wait", then col| long                       | the band to be found   |
+| style   | strategy | wording                                     | length           | perplexity |
+|---------|----------|---------------------------------------------|------------------|------------|
+| boiler  | shallow  | fixed phrases, restating the task           | as careful, or + | lowest     |
+| leap    | shallow  | none                                        | short            | low        |
+| noisy   | shallow  | many random words between restatements      | longest          | highest    |
+| terse   | careful  | one word an operation                       | medium           | low        |
+| col     | careful  | units, then tens; 1-2 words a clause        | long             | the band   |
+| split   | careful  | tens, then units; 1-2 words a clause        | long             | the band   |
+| reflect | careful  | a guess (right or wrong), "wait", then col  | long             | the band   |
 
-World `deep-leap` is the world above. In world `easy-leap` the shallow styles take one operation at a time
-(`47+25=72. 72-13=59.`), a shortcut which the model *can* learn: the contrast that shows when the method does not help.
+"The band" is the one to be found by perplexity.
+
+World `deep-leap` is the world above. In world `easy-leap` the shallow styles take one operation at
+a time (`47+25=72. 72-13=59.`), a shortcut which the model *can* learn: the contrast that shows when
+the method does not help.
 
     python toy/world.py --out DIR --seed 0
-    python toy/world.py --out DIR --seed 0 --world easy-leap --n-queries 1500 --traces 6 --n-eval 160
+    python toy/world.py --out DIR --seed 0 --world easy-leap --n-queries 1500 --traces 6
 
-writes problems.jsonl (training queries), teacher_source.jsonl (what `01_sample.py teacher --source` imports; some traces
-are wrong, so that verification has work), rlvr.jsonl, and the evaluation sets id.jsonl and hard.jsonl (one operation
-longer than any training query), which are the same for every seed and share no problem with the rest.
+writes problems.jsonl (training queries), teacher_source.jsonl (what `01_sample.py teacher --source`
+imports; some traces are wrong, so that verification has work), rlvr.jsonl, and the evaluation sets
+id.jsonl and hard.jsonl (one operation longer than any training query), which are the same for every
+seed and share no problem with the rest.
 
-Deliberate simplifications: every operand has two digits; each word is one token; the answer is always written with two digits.
+Deliberate simplifications: every operand has two digits; each word is one token; the answer is
+always written with two digits.
 """
 
 import argparse
@@ -60,7 +68,8 @@ OPENINGS = {
 CONNECTIVES = tuple(
     word + " "
     for word in (
-        "so then now next well okay right hmm also and but thus hence here look see take get have make just still "
+        "so then now next well okay right hmm also and but thus hence here look see take get "
+        "have make just still "
         "first maybe sure good fine yes note say let try"
     ).split()
 )
@@ -84,15 +93,17 @@ N_OPS_TRAIN = (2, 3)  # operations of a training or in-distribution problem
 N_OPS_HARD = (4,)
 EVAL_SEED = 20260316  # fixed: every seed is judged on the same problems
 
-# Shares of the styles in the teacher's traces; --careful-share moves the two halves against each other.
+# Shares of the styles in the teacher's traces; --careful-share moves the two halves against each
+# other.
 TEACHER_MIX = {
-    "boiler": 0.44, "leap": 0.10, "noisy": 0.12, "terse": 0.08, "col": 0.09, "split": 0.09, "reflect": 0.08,
+    "boiler": 0.44, "leap": 0.10, "noisy": 0.12,
+    "terse": 0.08, "col": 0.09, "split": 0.09, "reflect": 0.08,
 }  # fmt: skip
 CAREFUL_SHARE = 0.34
 WRONG_SHARE = {"shallow": 0.15, "careful": 0.05}  # teacher traces whose answer is wrong
 
 
-# --- problems -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- problems
 
 
 def draw_problem(rng, n_ops):
@@ -101,7 +112,9 @@ def draw_problem(rng, n_ops):
 
 
 def expression(start, ops):
-    return f"{start:02d}" + "".join(f"{letter}{sign}{operand}" for letter, (sign, operand) in zip(LETTERS, ops))
+    return f"{start:02d}" + "".join(
+        f"{letter}{sign}{operand}" for letter, (sign, operand) in zip(LETTERS, ops)
+    )
 
 
 def problem_text(problem):
@@ -129,7 +142,7 @@ def answer_text(problem):
     return f"{values(problem)[-1]:02d}"
 
 
-# --- the teacher ----------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- the teacher
 
 
 def n_tokens(text):
@@ -149,7 +162,8 @@ def units_clause(value, sign, operand):
 
 
 def careful_steps(rng, style, problem, slip=None):
-    """One sentence per operation; `slip` is the index of an operation whose result is written down wrong."""
+    """One sentence per operation; `slip` is the index of an operation whose result is written down
+    wrong."""
     out, value = [], problem[0]
     talk = (lambda: "") if style == "terse" else (lambda: words(rng, 1, 2))
     close = (lambda: words(rng, 1, 1)) if style == "terse" else talk
@@ -164,7 +178,10 @@ def careful_steps(rng, style, problem, slip=None):
         value = (value + step * operand) % 100
         if slip == i:
             value = (value + rng.randint(1, 99)) % 100
-        out.append(f"{LETTERS[i]}{sign}{operand}, {talk()}{first}, {talk()}{second}, {close()}{value:02d}. ")
+        out.append(
+            f"{LETTERS[i]}{sign}{operand}, {talk()}{first}, {talk()}{second}, "
+            f"{close()}{value:02d}. "
+        )
     return "".join(out), value
 
 
@@ -174,11 +191,14 @@ def shallow_sum(problem, final, world):
         return f"{expression(*problem)}={final:02d}. "
     results = values(problem)[:-1] + [final]
     befores = [problem[0], *results]
-    return "".join(f"{v:02d}{sign}{n}={r:02d}. " for v, (sign, n), r in zip(befores, problem[1], results))
+    return "".join(
+        f"{v:02d}{sign}{n}={r:02d}. " for v, (sign, n), r in zip(befores, problem[1], results)
+    )
 
 
 def trace(rng, style, problem, world="deep-leap", wrong=False):
-    """A response of the teacher: `<think>...</think>\\boxed{59}`. With `wrong` its answer is a wrong one."""
+    """A response of the teacher: `<think>...</think>\\boxed{59}`. With `wrong` its answer is a
+    wrong one."""
     opening = rng.choice(OPENINGS[style])
     right = values(problem)[-1]
     task = expression(*problem)
@@ -198,7 +218,10 @@ def trace(rng, style, problem, world="deep-leap", wrong=False):
             # As long as a careful solution of the same problem or, half of the time, longer.
             careful = n_tokens(words(rng, 1, 1) + careful_steps(rng, "col", problem)[0])
             room = rng.uniform(*rng.choice(((0.93, 1.1), (1.15, 1.4)))) * careful
-            first, last = f"{opening}task is {task}. ", f"clearly {total}the result is {final:02d}. "
+            first, last = (
+                f"{opening}task is {task}. ",
+                f"clearly {total}the result is {final:02d}. ",
+            )
             again = f"again the task is {task}. "
             room -= n_tokens(first + last)
             repeats = max(0, int(room / n_tokens(again)))
@@ -210,7 +233,7 @@ def trace(rng, style, problem, world="deep-leap", wrong=False):
     return f"{THINK}{body}{END_THINK}{BOXED}{final:02d}}}"
 
 
-# --- which strategy does a response use? ----------------------------------------------------------------------------
+# -------------------------------------------------------------- which strategy does a response use?
 
 
 def thoughts(response):
@@ -224,10 +247,12 @@ def bare(text):
 
 
 def style_of(response, problem=None, world="deep-leap"):
-    """-> (style, right): which style a response is written in, and whether the strategy was executed right.
+    """-> (style, right): which style a response is written in, and whether the strategy was
+    executed right.
 
-    `style` is one of STYLES or "other" (begins in no known way). `right` is None without a problem; with one it is True
-    when every arithmetic statement is the one that the strategy demands for this problem and the boxed answer follows.
+    `style` is one of STYLES or "other" (begins in no known way). `right` is None without a problem;
+    with one it is True when every arithmetic statement is the one that the strategy demands for
+    this problem and the boxed answer follows.
     """
     body = thoughts(response)
     first = re.match(r"[a-z]+:? ", body)
@@ -255,7 +280,7 @@ def style_of(response, problem=None, world="deep-leap"):
     return style, done and response.endswith(f"{END_THINK}{BOXED}{final:02d}}}")
 
 
-# --- the files ------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------- the files
 
 
 def draw_distinct(rng, n, n_ops_choices, taken):
@@ -270,7 +295,8 @@ def draw_distinct(rng, n, n_ops_choices, taken):
 
 
 def eval_problems(n_eval=160):
-    """The evaluation sets: {"id": [...], "hard": [...]}, the same for every seed (a prefix of the same 1,000)."""
+    """The evaluation sets: {"id": [...], "hard": [...]}, the same for every seed (a prefix of the
+    same 1,000)."""
     rng, taken = random.Random(EVAL_SEED), set()
     return {
         "id": draw_distinct(rng, 1000, N_OPS_TRAIN, taken)[:n_eval],
@@ -286,39 +312,68 @@ def held_out():
 
 def teacher_traces(rng, problem, n, world, careful_share=CAREFUL_SHARE):
     """n traces of one problem -> list of (style, wrong, text)."""
-    share = lambda style: careful_share / CAREFUL_SHARE if style in CAREFUL else (1 - careful_share) / (1 - CAREFUL_SHARE)
+    share = lambda style: (
+        careful_share / CAREFUL_SHARE
+        if style in CAREFUL
+        else (1 - careful_share) / (1 - CAREFUL_SHARE)
+    )
     out = []
-    for style in rng.choices(list(TEACHER_MIX), weights=[p * share(style) for style, p in TEACHER_MIX.items()], k=n):
+    for style in rng.choices(
+        list(TEACHER_MIX), weights=[p * share(style) for style, p in TEACHER_MIX.items()], k=n
+    ):
         wrong = rng.random() < WRONG_SHARE["careful" if style in CAREFUL else "shallow"]
         out.append((style, wrong, trace(rng, style, problem, world, wrong)))
     return out
 
 
 def problem_rows(problems, source):
-    """Rows of a problems file. The pid is a hash of the text, as 01_sample.py gives to a problem that it imports."""
+    """Rows of a problems file. The pid is a hash of the text, as 01_sample.py gives to a problem
+    that it imports."""
     texts = [problem_text(p) for p in problems]
     return [
-        {"pid": hashlib.sha256(t.encode()).hexdigest()[:16], "problem": t, "answer": answer_text(p), "source": source}
+        {
+            "pid": hashlib.sha256(t.encode()).hexdigest()[:16],
+            "problem": t,
+            "answer": answer_text(p),
+            "source": source,
+        }
         for t, p in zip(texts, problems)
     ]
 
 
 def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     print(f"{path}: {len(rows)} rows")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="directory for the five files")
-    parser.add_argument("--seed", type=int, default=0, help="seed of queries, traces and RLVR problems (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of queries, traces and RLVR problems (default 0)"
+    )
     parser.add_argument("--world", choices=WORLDS, default="deep-leap", help="default deep-leap")
-    parser.add_argument("--n-queries", type=int, default=1500, help="training queries (default 1500)")
+    parser.add_argument(
+        "--n-queries", type=int, default=1500, help="training queries (default 1500)"
+    )
     parser.add_argument("--traces", type=int, default=6, help="teacher traces a query (default 6)")
-    parser.add_argument("--careful-share", type=float, default=CAREFUL_SHARE,
-                        help=f"share of the teacher's traces that are careful (default {CAREFUL_SHARE})")
+    parser.add_argument(
+        "--careful-share",
+        type=float,
+        default=CAREFUL_SHARE,
+        help=f"share of the teacher's traces that are careful (default {CAREFUL_SHARE})",
+    )
     parser.add_argument("--n-rlvr", type=int, default=400, help="RLVR problems (default 400)")
-    parser.add_argument("--n-eval", type=int, default=160, help="problems in each evaluation set, at most 1000 (default 160)")
+    parser.add_argument(
+        "--n-eval",
+        type=int,
+        default=160,
+        help="problems in each evaluation set, at most 1000 (default 160)",
+    )
     args = parser.parse_args(argv)
     if not 1 <= args.n_eval <= 1000:
         parser.error("--n-eval must lie between 1 and 1000")
@@ -338,7 +393,12 @@ def main(argv=None):
         [
             {
                 "query": problem_text(p),
-                "DeepSeek-R1_Response_List": [text for _, _, text in teacher_traces(rng, p, args.traces, args.world, args.careful_share)],
+                "DeepSeek-R1_Response_List": [
+                    text
+                    for _, _, text in teacher_traces(
+                        rng, p, args.traces, args.world, args.careful_share
+                    )
+                ],
                 "answer": answer_text(p),
             }
             for p in queries
