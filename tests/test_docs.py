@@ -69,6 +69,33 @@ def test_flags_that_are_named_exist(page):
         assert flag in flags, f"{name_of(page)} names {flag}, which no script takes"
 
 
+# ----------------------------------------------------------------------------------------- metrics
+
+# Functions whose dictionaries are rows of metrics.jsonl, or entries of results.json.
+LOGS = [("03_train_oxa.py", "main"), ("04_rlvr.py", "summary"), ("04_rlvr.py", "policy_loss"),
+        ("04_rlvr.py", "check_sync"), ("04_rlvr.py", "main"), ("05_eval.py", "summarise")]
+NOT_LOGGED = {"use_reentrant", "gap"}
+
+
+def keys_of(file, function):
+    """Keys of the dictionaries that a function writes out, and of what it sets in one."""
+    found = set()
+    for node in ast.walk(ast.parse(lines_of(ROOT / file, function, n_above=0))):
+        if isinstance(node, ast.Dict):
+            found.update(key.value for key in node.keys if isinstance(key, ast.Constant))
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            found.add(getattr(node.slice, "value", None))
+    return {key for key in found - NOT_LOGGED if isinstance(key, str)}
+
+
+@pytest.mark.parametrize("file, function", LOGS)
+def test_every_logged_name_is_defined(file, function):
+    names = keys_of(file, function)
+    assert len(names) > 1, f"{file}: {function} logs nothing"
+    defined = set(re.findall(r"`(\w+)`", (ROOT / "docs/METRICS.md").read_text()))
+    assert names <= defined, f"METRICS.md does not define {sorted(names - defined)}"
+
+
 # ------------------------------------------------------------------------------------- assumptions
 
 
@@ -99,8 +126,8 @@ def names_of(node):
     return []
 
 
-def lines_of(path, name):
-    """A function, class or constant with the five lines above it, or a recipe's section; None: not
+def lines_of(path, name, n_above=5):
+    """A function, class or constant with the lines above it, or a recipe's section; None: not
     there."""
     text = path.read_text()
     if path.suffix == ".toml":
@@ -108,7 +135,7 @@ def lines_of(path, name):
         return section and section[0]
     for node in ast.walk(ast.parse(text)):
         if name in names_of(node):
-            first = max(0, node.lineno - 6)
+            first = max(0, node.lineno - 1 - n_above)
             return "\n".join(text.splitlines()[first:node.end_lineno])
     return None
 
