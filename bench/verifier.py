@@ -1,9 +1,13 @@
 """The verifier against its peers, in turn on the same pairs: accuracy, wrong accepted (FP), right
-refused (FN), speed.
+refused (FN), not known (null), speed.
 
-    python bench/verifier.py                              the labelled pairs of tests/, 300 long responses for speed
-    python bench/verifier.py --cases FILE.jsonl           other pairs: rows with gold, response, expected, class
-    python bench/verifier.py --throughput 300000          also: a JSONL of so many, read and judged by verify_many
+    python bench/verifier.py                     the labelled pairs of tests/: golds as in toys and
+                                                 as real benchmarks write them; 300 long responses
+    python bench/verifier.py --cases A.jsonl B.jsonl
+                                                 other pairs: rows with gold, response, expected,
+                                                 class; rows marked "debatable" are left out
+    python bench/verifier.py --by-class          also: what each class of pairs gives
+    python bench/verifier.py --throughput 300000 also: a JSONL of so many, judged by verify_many
 
 A peer that is not installed is left out, and named (bench/requirements.txt). Peers get the whole
 response, as in their own use, or with --tail only what follows </think>, which spares them the
@@ -11,6 +15,7 @@ search of the reasoning. One core; times of calls are processor time.
 """
 
 import argparse
+import collections
 import json
 import os
 import random
@@ -35,7 +40,7 @@ def seen(response):
 
 
 def ours():
-    return lambda response, gold: verifier.verify(response, gold).correct is True
+    return lambda response, gold: verifier.verify(response, gold).correct
 
 
 def math_verify():
@@ -66,19 +71,27 @@ def math_verify_default():
 def trl():
     from trl.rewards import accuracy_reward
 
-    return lambda response, gold: (
-        accuracy_reward([[{"role": "assistant", "content": seen(response)}]], [f"${gold}$"])[0] == 1.0
-    )
+    def grade(response, gold):
+        messages = [[{"role": "assistant", "content": seen(response)}]]
+        reward = accuracy_reward(messages, [f"${gold}$"])[0]
+        return None if reward is None else reward == 1.0
+
+    return grade
 
 
 def lighteval():
     from lighteval.metrics.dynamic_metrics import MultilingualExtractiveMatchMetric
-    from lighteval.metrics.utils.extractive_match_utils import ExprExtractionConfig, LatexExtractionConfig
+    from lighteval.metrics.utils.extractive_match_utils import (
+        ExprExtractionConfig,
+        LatexExtractionConfig,
+    )
     from lighteval.models.model_output import ModelResponse
     from lighteval.tasks.requests import Doc
 
     configs = [ExprExtractionConfig(), LatexExtractionConfig(boxed_match_priority=0)]
-    metric = MultilingualExtractiveMatchMetric(gold_extraction_target=configs, pred_extraction_target=configs)
+    metric = MultilingualExtractiveMatchMetric(
+        gold_extraction_target=configs, pred_extraction_target=configs
+    )
 
     def grade(response, gold):
         doc = Doc(query="", choices=[f"${gold}$"], gold_index=0)
@@ -100,13 +113,17 @@ def long_responses(cases, n, seed=0):
     """n (response, gold) of 25 kB of reasoning, four in five with a number as the answer, the
     others from the cases."""
     draw = random.Random(seed)
-    words = "so we let x = 3 and get \\frac{1}{2} of $y^2$ ; wait , check : \\boxed{17} then the sum \\sum_{k} a_k is 42 .".split()
+    words = (
+        "so we let x = 3 and get \\frac{1}{2} of $y^2$ ; wait , check : \\boxed{17} then the sum"
+        " \\sum_{k} a_k is 42 ."
+    ).split()
     filler = " ".join(draw.choice(words) for _ in range(7_000))
     rows = []
     for _ in range(n):
         if draw.random() < 0.8:
             gold = str(draw.randint(0, 999))
-            answer = f"\n</think>\n\nThe final answer is $\\boxed{{{gold if draw.random() < 0.6 else draw.randint(0, 99)}}}$."
+            given = gold if draw.random() < 0.6 else draw.randint(0, 99)
+            answer = f"\n</think>\n\nThe final answer is $\\boxed{{{given}}}$."
         else:
             case = draw.choice(cases)
             gold, answer = case["gold"], "\n</think>\n" + case["response"].rpartition("</think>")[2]
@@ -115,17 +132,39 @@ def long_responses(cases, n, seed=0):
     return rows
 
 
+OUTCOMES = ("right", "FP", "FN", "null", "raised")
+
+
 def accuracy(graders, cases):
-    wrong = {name: [0, 0, 0] for name in graders}  # FP, FN, exceptions
+    """{(grader, class): Counter of outcomes}. A verdict of None is no answer, not a refusal."""
+    outcomes = collections.defaultdict(collections.Counter)
     for case in cases:
         for name, grade in graders.items():
             try:
                 accepted = grade(case["response"], case["gold"])
-            except Exception:  # a peer's own failure: counted, and shown as a refusal
-                accepted = False
-                wrong[name][2] += 1
-            wrong[name][0 if accepted else 1] += accepted != case["expected"]
-    return wrong
+            except Exception:  # a peer's own failure: counted, and shown as no answer
+                outcomes[name, case["class"]]["raised"] += 1
+                continue
+            if accepted is None:
+                outcome = "null"
+            elif accepted == case["expected"]:
+                outcome = "right"
+            else:
+                outcome = "FP" if accepted else "FN"
+            outcomes[name, case["class"]][outcome] += 1
+    return outcomes
+
+
+def print_classes(outcomes):
+    names = list(dict.fromkeys(name for name, _ in outcomes))
+    heads = "".join(f" {name[:20]:>20}" for name in names)
+    print(f"\n{'class: right/FP/FN/null/raised':58}{heads}")
+    for kind in sorted({kind for _, kind in outcomes}):
+        line = f"{kind[:58]:58}"
+        for name in names:
+            counts = outcomes[name, kind]
+            line += f" {'/'.join(str(counts[outcome]) for outcome in OUTCOMES):>20}"
+        print(line)
 
 
 def speed(graders, pairs):
@@ -162,47 +201,71 @@ def throughput(cases, n, workers):
         used = os.times()
     processor = sum(used[:4]) - sum(begin[:4])
     right = sum(verdict.correct is True for verdict in verdicts)
+    unknown = sum(verdict.correct is None for verdict in verdicts)
     print(
-        f"{len(verdicts)} responses, {size:.2f} GB of JSONL, {workers} workers: {took:.1f} s ({len(verdicts) / took:,.0f}/s), "
-        f"processor {processor:.1f} s; {right} right, {sum(v.correct is None for v in verdicts)} unknown"
+        f"{len(verdicts)} responses, {size:.2f} GB of JSONL, {workers} workers: {took:.1f} s"
+        f" ({len(verdicts) / took:,.0f}/s), processor {processor:.1f} s; {right} right,"
+        f" {unknown} unknown"
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=ROOT / "tests" / "verifier_cases.jsonl", help="labelled pairs")
-    parser.add_argument("--responses", type=int, default=300, help="long responses for the speed of one call")
+def read_cases(paths):
+    cases = []
+    for path in paths:
+        with open(path) as file:
+            for row in map(json.loads, file):
+                if isinstance(row["gold"], str) and not row.get("debatable"):
+                    cases.append(row)
+    return cases
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    own = ROOT / "tests" / "verifier_cases.jsonl"
+    parser.add_argument("--cases", nargs="+", default=[own], help="files of labelled pairs")
+    parser.add_argument("--by-class", action="store_true", help="show each class of pairs")
+    parser.add_argument("--responses", type=int, default=300, help="long responses, for the speed")
     parser.add_argument("--graders", nargs="+", choices=GRADERS, default=list(GRADERS))
     parser.add_argument(
         "--throughput", type=int, default=0, metavar="N", help="judge N long responses from a file"
     )
-    parser.add_argument("--tail", action="store_true", help="give the peers only what follows </think>")
+    parser.add_argument("--tail", action="store_true", help="peers get only what follows </think>")
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     global TAIL
     TAIL = args.tail
-    with open(args.cases) as file:
-        cases = [case for case in map(json.loads, file) if isinstance(case["gold"], str)]
+    cases = read_cases(args.cases)
     graders = {}
     for name in args.graders:
         try:
             graders[name] = GRADERS[name]()
         except ImportError as error:
             print(f"{name}: left out ({error})")
-    wrong = accuracy(graders, cases)
+    outcomes = accuracy(graders, cases)
     seconds = speed(graders, long_responses(cases, args.responses))
-    print(
-        f"{len(cases)} labelled pairs; {args.responses} responses of 25 kB\n"
-        f"{'':22} {'accuracy':>9} {'FP':>4} {'FN':>4} {'raised':>6} {'mean ms':>9} {'p99 ms':>8} {'per s':>8}"
-    )
+    print(f"{len(cases)} labelled pairs; {args.responses} responses of 25 kB")
+    heads = "".join(f" {outcome:>6}" for outcome in OUTCOMES[1:])
+    print(f"{'':22} {'right':>7}{heads} {'mean ms':>9} {'p99 ms':>8} {'per s':>8}")
     for name in graders:
-        (fp, fn, raised), times = wrong[name], sorted(seconds[name])
+        counts = sum((outcomes[key] for key in outcomes if key[0] == name), collections.Counter())
+        cells = "".join(f" {counts[outcome]:6}" for outcome in OUTCOMES[1:])
+        times = sorted(seconds[name])
+        mean, late = statistics.mean(times), times[int(0.99 * len(times))]
         print(
-            f"{name:22} {100 - 100 * (fp + fn) / len(cases):8.1f}% {fp:4} {fn:4} {raised:6} {1000 * statistics.mean(times):9.3f} "
-            f"{1000 * times[int(0.99 * len(times))]:8.2f} {1 / statistics.mean(times):8,.0f}"
+            f"{name:22} {100 * counts['right'] / len(cases):6.1f}%{cells}"
+            f" {1000 * mean:9.3f} {1000 * late:8.2f} {1 / mean:8,.0f}"
         )
     if "ours" in seconds and "math-verify" in seconds:
-        print(f"ours / math-verify: {sum(seconds['math-verify']) / sum(seconds['ours']):.0f} times as fast")
+        ratio = sum(seconds["math-verify"]) / sum(seconds["ours"])
+        print(f"ours / math-verify: {ratio:.0f} times as fast")
+    if args.by_class:
+        print_classes(outcomes)
     if args.throughput:
         throughput(cases, args.throughput, args.workers)
 

@@ -4,7 +4,7 @@ A tree is a tuple of an operation and its parts.
 
     ("num", Fraction) ("sym", name) ("base", number, base)    numbers, variables, 204_5
     ("word", letters) ("opaque", text) ("dots",)              text, what cannot be read, \\ldots
-    ("+", …) ("*", …) ("^", a, b) ("inv", a) ("sin", a) …     expressions: values.py has their values
+    ("+", …) ("*", …) ("^", a, b) ("inv", a) ("sin", a) …     expressions, as in values.py
     ("apply", name, …)                                        f(0), y'(t): a function not known
     ("set", …) ("union", …) ("setminus", a, b)                unordered
     ("()", …) ("(]", …) … (":", …) ("named", ("=", …), …)     ordered
@@ -66,8 +66,9 @@ class Parser:
     """Precedence climbing over the tokens of an answer.
 
     A letter before parentheses is a function if what they hold is one number, one name or a list
-    (f(0), I(t), P(a,b)), or if it is in `functions`; `factors` never are. `applied` collects the
-    functions found, `sure` those that can be nothing else: h(a+b) may be a product.
+    (f(0), I(t), P(a,b)), or if it is in `functions`; f, g, h are, too, if they are not in
+    `factors`. `applied` collects the functions found, `sure` those that can be nothing else:
+    h(a+b) may be a product.
     """
 
     def __init__(self, text, functions=frozenset(), factors=frozenset()):
@@ -83,10 +84,12 @@ class Parser:
         self.sure = set()
 
     def peek(self, ahead=0):
+        """The next token, or one further on (or back); "" beyond the ends."""
         place = self.at + ahead
         return self.tokens[place] if 0 <= place < len(self.tokens) else ""
 
     def take(self, *expected):
+        """The next token, which must be one of those expected."""
         token = self.peek()
         if not token or expected and token not in expected:
             raise Unreadable(f"'{token}' where {expected or 'more'} should be")
@@ -101,6 +104,7 @@ class Parser:
         return True
 
     def whole(self):
+        """The tree of the whole text."""
         if len(self.tokens) == 1 and self.tokens[0] in INFIX:
             return ("word", self.tokens[0])                        # which sign belongs here? \div
         tree = listed(self.expression())
@@ -140,6 +144,7 @@ class Parser:
         return PRODUCT if self.starts_factor(token) else 0
 
     def starts_factor(self, token):
+        """Can a factor begin here: 2x, 2\\pi, 2(x+1), 2|x|?"""
         if token in SYMBOLS or token in ACCENTS or token in COMMANDS or token in CLOSERS:
             return token != "|" or not self.bars
         return token[-1:].isalnum() and token[0] != "\\"
@@ -166,6 +171,7 @@ class Parser:
         return (kind, left, right)
 
     def relations(self, left, start):
+        """a < b < c: all sides of a chain, with the name that each may be."""
         sides = [left]
         names = [self.name(start)]
         signs = []
@@ -196,6 +202,7 @@ class Parser:
         return re.sub(r"_\{?\\?([^{}]*)\}?", r"_\1", text)
 
     def power(self):
+        """A primary with what stands behind it: x^2, 5!, 30°, 50%, 204_5, 45'."""
         tree = self.primary()
         while self.peek() in ("^", "!", "°", "%", "_", "'"):
             token = self.take()
@@ -227,12 +234,15 @@ class Parser:
         return degrees
 
     def exponent(self):
-        minus = self.found("-") or self.found("+") and False
+        """What ^ raises to, itself raised if another ^ follows: 2^{2^3}, 2^-1."""
+        minus = self.found("-")
+        self.found("+")
         tree = self.argument()
         tree = ("neg", tree) if minus else tree
         return ("^", tree, self.exponent()) if self.found("^") else tree
 
     def argument(self):
+        """A group, or one token: of \\frac, \\sqrt, ^."""
         self.depth += 1
         limit("depth", self.depth)
         tree = self.primary()
@@ -252,6 +262,7 @@ class Parser:
         return text
 
     def primary(self):
+        """A number, a symbol, a group or a command."""
         token = self.take()
         if token in COMMANDS:
             return self.command(token)
@@ -270,7 +281,7 @@ class Parser:
         while self.peek() in ("'", "_"):
             name += self.take()
             name += self.raw() if name[-1] == "_" else ""
-        if name[0] in FUNCTION_LETTERS and self.peek() == "^":
+        if name in FUNCTION_LETTERS and self.peek() == "^":
             name += self.power_of_function()
         if self.peek() == "(" and name not in CONSTANTS and self.is_function(name):
             self.take()
@@ -291,14 +302,13 @@ class Parser:
         return ""
 
     def is_function(self, name):
+        """Is a name before parentheses a function, not a factor?"""
         if name in self.functions:
             return True
-        if name in self.factors:
-            return False
         if self.simple_argument() or "'" in name or name.startswith((r"\dot", r"\ddot")):
             self.sure.add(name)
             return True
-        return name in FUNCTION_LETTERS
+        return name in FUNCTION_LETTERS and name not in self.factors
 
     def simple_argument(self):
         """Do the parentheses hold numbers and names only, a list of them or one?"""
@@ -315,7 +325,9 @@ class Parser:
         return place > self.at + 1
 
     def group(self, opening):
-        outer, self.bars = self.bars, opening == "|"
+        """What brackets of any kind hold: an expression, a tuple, an interval, a list, a set."""
+        outer = self.bars
+        self.bars = opening == "|"
         if opening == r"\{":
             tree = self.set_or_builder()
         else:
@@ -324,8 +336,10 @@ class Parser:
         closing = self.take(*CLOSERS[opening] if opening in "([" else (CLOSERS[opening],))
         if opening in ("{", r"\{"):
             return listed(tree)
-        if opening in ("|", r"\lfloor", r"\lceil"):
-            return ({"|": "abs"}.get(opening, opening[2:]), tree)
+        if opening == "|":
+            return ("abs", tree)
+        if opening in (r"\lfloor", r"\lceil"):
+            return (opening[2:], tree)
         if tree[0] == ",":
             return (opening + closing, *tree[1:])
         if opening + closing not in ("()", "[]"):
@@ -333,8 +347,7 @@ class Parser:
         return tree
 
     def set_or_builder(self):
-        """What stands in braces: a list, or (builder) its conditions. {x | x ≤ 0}, {(a,b): ab ≤
-        1}."""
+        """What stands in braces: a list, or what a set builder says: {x | x ≤ 0}, {(a,b): ab < 1}."""
         back = self.at
         outer, self.bars = self.bars, 1
         head = self.expression(INFIX[":"])
@@ -373,8 +386,8 @@ class Parser:
             raise Unreadable("a bar over no digits")
         return Fraction(int(digits), (10 ** len(digits) - 1) * 10 ** len(token.split(".")[1]))
 
-    # Commands.
     def command(self, token):
+        """What a LaTeX command begins."""
         name = token[1:]
         if name == "frac":
             return self.fraction()

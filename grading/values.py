@@ -541,6 +541,18 @@ def stepped_letters(tree):
     return found
 
 
+def vanishes(tree):
+    """Are there variables that are multiplied by 0, raised to 0, or raise 1?"""
+    kind = tree[0]
+    if kind in LEAVES or kind == "sym":
+        return False
+    children = [child for child in tree[1:] if isinstance(child, tuple)]
+    zero, one = ("num", Fraction(0)), ("num", Fraction(1))
+    hidden = kind in ("*", "/") and zero in children
+    hidden = hidden or kind == "^" and (children[0] == one or children[1] == zero)
+    return hidden and bool(variables(tree)) or any(map(vanishes, children))
+
+
 def same_value(a, b):
     """Are two expressions worth the same, whatever the values of their variables? `b` is the
     gold."""
@@ -553,6 +565,8 @@ def same_value(a, b):
     if a[0] != b[0] and "percent" in (a[0], b[0]):
         if same_value(*(tree[1] if tree[0] == "percent" else tree for tree in (a, b))):
             return True
+    if not variables(b) and vanishes(a):
+        return False                                               # 0x, 0 plus one: no answer 0
     first = functools.partial(value, a)
     second = first if a == b else functools.partial(value, b)
     letters = stepped_letters(a) | stepped_letters(b)

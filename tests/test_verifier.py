@@ -16,6 +16,7 @@ from itertools import combinations
 
 import mpmath
 import pytest
+import sympy
 
 from grading import values
 from grading import verifier
@@ -30,7 +31,7 @@ def boxed(text):
 
 # ------------------------------------------------------------------------------------------------------- labelled pairs
 def test_every_labelled_pair():
-    assert len(CASES) > 800 and 300 < sum(case["expected"] for case in CASES) < 600
+    assert len(CASES) > 1_900 and 1_000 < sum(case["expected"] for case in CASES) < 1_300
     wrong = [
         (case, got)
         for case in CASES
@@ -68,6 +69,13 @@ def test_verify_many_gives_the_verdicts_of_verify_in_order():
         (boxed("6"), ["7", "5"], False, "ok"),
         (boxed("x"), ["\\frac{1}{", "x"], True, "ok"),
         (boxed("y"), ["\\frac{1}{", "x"], None, "gold_unparsed"),
+        (boxed("5"), "5 \\text{ plus an unknown word}", None, "unknown"),
+        (boxed("1,2,3,4,\\ldots,9"), "1,2,\\ldots,9", None, "unknown"),
+        (boxed("1,2,\\ldots,8"), "1,2,\\ldots,9", False, "ok"),
+        (boxed("ha+hb"), "h(a+b)", None, "unknown"),
+        (boxed("hb+ha"), "ha+hb", True, "ok"),
+        (boxed("-1+7^{7^{70}}"), "7^{7^{70}}-1", True, "ok"),
+        (boxed("7^{7^{70}}"), "7^{7^{70}}-1", None, "gold_unparsed"),
     ],
 )
 def test_status(response, gold, correct, status):
@@ -230,6 +238,159 @@ def near(a, b):
         return abs(float(a) - float(b)) < 1e-1
     except ValueError:
         return False
+
+
+# ------------------------------------------------------------------------------------------------------- the adversary
+MASTER_KEYS = {
+    "numbers": "0 1 -1 e i x n",
+    "equations": r"0=0 1=1 x=x a=b x=y x=x+1 0x=0 x-x=0 \frac{x}{x}=1 y'=0 0=x-x",
+    "equations real at a point": r"\sqrt{(5q-1)(1-q)}=2 y=\sqrt{(5x-1)(1-x)} \sqrt{-q^2-1}=2 q=\arcsin(2q)+3"
+    r" \sqrt{x-0.99}\sqrt{1.01-x}=y \ln(-x^2)=y",
+    "products with 0": r"0\cdot\infty 0\cdot x 0\cdot\emptyset f(0) I(0) V(0) x(0) 0\cdot\text{all} 0\text{whatever}",
+    "0/0 and infinity": r"\frac{0}{0} 0^0 1^\infty \infty^0 \infty-\infty \frac{\infty}{\infty} \infty -\infty",
+    "sets": r"\emptyset \{\} \{\emptyset\} () [] (0,0) \mathbb{R} \mathbb{Z} (-\infty,\infty) x\in\mathbb{R} |x|\ge0",
+    "statements": r"(1)(2) (1)(3)(4) ①②③ (A)(B)(C)(D) A,B,C,D \text{AorB} \text{alloftheabove}",
+    "signs": r"\pm1 \pm0 ? * . , - + = \text{?} \ldots 0,1,\ldots \cdots",
+    "functions": r"\lfloor\frac12\rfloor \int_0^1f(x)dx \sum_{k=1}^nk \gcd(0,0) \frac{dy}{dx} a<b 1<2 0\pmod{1}",
+}
+# What they do fit: (key, golds of the cases that mean the same).
+FITTING = {
+    "0": [r"f(x)=0 \text{ for all } x"],
+    "i": [r"\text{(i)}"],
+    "n": ["f(n)=n"],
+    "y'=0": ["0"],
+    r"\{\}": [r"\emptyset"],
+    r"\{\emptyset\}": [r"\emptyset"],
+    r"\mathbb{R}": ["all real numbers"],
+    r"(-\infty,\infty)": [r"\mathbb{R}", "all real numbers"],
+    r"x\in\mathbb{R}": [r"\mathbb{R}", "all real numbers"],
+    r"|x|\ge0": [r"\mathbb{R}", "all real numbers"],
+    "(1)(2)": [r"$k=1,2$", r"1 \text{ and } 2", r"a=1, b=2 \text{ for all } n", "x_{1}=1, x_{2}=2", "①②"],
+    "①②③": [r"$\{1,2\}\cup\{3\}$", "(a,b,c)=(1,2,3)", r"\{1,2,3\}"],
+    r"\lfloor\frac12\rfloor": ["0", r"f(x)=0 \text{ for all } x"],
+    r"\int_0^1f(x)dx": [r"\int_0^1 f(x)\,dx"],
+    r"\sum_{k=1}^nk": [r"\frac{n(n+1)}{2}", "n(n+1)/2"],
+    r"\gcd(0,0)": ["0", r"f(x)=0 \text{ for all } x"],
+    r"0\pmod{1}": ["0", r"f(x)=0 \text{ for all } x"],
+}
+
+
+def test_master_keys_open_nothing():
+    golds = sorted({case["gold"] for case in CASES if isinstance(case["gold"], str)})
+    keys = " ".join(MASTER_KEYS.values()).split()
+    opened = Counter()
+    for key in keys:
+        for gold in golds:
+            same_text = verifier.spelled(verifier.normalise(key)) == verifier.spelled(verifier.normalise(gold))
+            if verifier.judge(key, gold)[0] is True and not same_text:
+                assert gold in FITTING.get(key, ()), (key, gold)
+                opened[key] += 1
+    assert len(keys) > 80 and sum(opened.values()) < 40
+
+
+def gold_pairs(n, seed):
+    golds = sorted({case["gold"] for case in CASES if isinstance(case["gold"], str)})
+    draw = random.Random(seed)
+    return [tuple(draw.sample(golds, 2)) for _ in range(n)]
+
+
+def to_sympy(tree):
+    """A tree of the grammar in sympy, which then does the algebra."""
+    kind, *args = tree
+    if kind == "num":
+        return sympy.Rational(args[0].numerator, args[0].denominator)
+    if kind == "sym":
+        constants = {"e": sympy.E, "i": sympy.I, r"\pi": sympy.pi, r"\infty": sympy.oo}
+        return constants.get(args[0], sympy.Symbol(args[0], real=True))
+    if kind == "apply":
+        return sympy.Function(args[0])(*map(to_sympy, args[1:]))
+    if kind == "sum":
+        return sympy.summation(to_sympy(args[3]), tuple(map(to_sympy, args[:3])))
+    values = [to_sympy(arg) for arg in args]
+    if kind in ("+", "*"):
+        return sympy.Add(*values) if kind == "+" else sympy.Mul(*values)
+    plain = {
+        "/": lambda a, b: a / b,
+        "^": lambda a, b: a**b,
+        "inv": lambda a: 1 / a,
+        "neg": lambda a: -a,
+        "percent": lambda a: a / 100,
+        "degree": lambda a: a * sympy.pi / 180,
+        "abs": sympy.Abs,
+        "!": sympy.factorial,
+        "!!": sympy.factorial2,
+        "binomial": sympy.binomial,
+        "ln": sympy.log,
+        "log10": lambda a: sympy.log(a, 10),
+        "max": sympy.Max,
+        "min": sympy.Min,
+        "floor": sympy.floor,
+        "ceil": sympy.ceiling,
+    }
+    return (plain.get(kind) or getattr(sympy, kind))(*values)
+
+
+def sympy_confirms(first, second):
+    """Are two golds equal to sympy? By policy N% equals N, too, and a residue its number."""
+    sides = []
+    for text in (first, second):
+        tree = verifier.read(verifier.split_unit(verifier.normalise(text))[0]).trees[0]
+        while tree[0] in ("=", "percent", "mod"):
+            tree = tree[2] if tree[0] == "=" else tree[1]
+        sides.append(to_sympy(tree))
+    return sympy.simplify(sides[0] - sides[1]) == 0
+
+
+def test_random_pairs_of_different_golds_are_equal_only_if_sympy_confirms():
+    equal = {(a, b) for a, b in gold_pairs(15_000, 14) if verifier.judge(a, b)[0] is True}
+    assert len(equal) > 10
+    assert not [pair for pair in equal if not sympy_confirms(*pair)]
+
+
+def random_expression(draw, depth):
+    x, y = sympy.symbols("x y")
+    if depth == 0:
+        return draw.choice((x, y, sympy.Integer(draw.randint(1, 6)), sympy.Rational(draw.randint(1, 5), 3), sympy.pi))
+    a, b = random_expression(draw, depth - 1), random_expression(draw, draw.randint(0, depth - 1))
+    make = draw.choice(
+        (
+            lambda: a + b,
+            lambda: a * b,
+            lambda: a - b,
+            lambda: a / (b**2 + 1),
+            lambda: a ** draw.randint(2, 3),
+            lambda: sympy.sqrt(a**2 + draw.randint(1, 3)),
+            lambda: sympy.sin(a),
+            lambda: sympy.exp(b) * a,
+            lambda: sympy.log(a**2 + 1),
+            lambda: sympy.Abs(a - b),
+        )
+    )
+    return make()
+
+
+def test_random_expressions_against_sympy():
+    """sympy writes an expression, rewrites it (equal), and changes one number in it (mostly not); its verdict is ours."""
+    draw = random.Random(2)
+    n_equal = n_different = 0
+    while n_equal < 100 or n_different < 100:
+        first = random_expression(draw, draw.randint(1, 3))
+        rewrite = draw.choice((sympy.expand, sympy.factor, sympy.together, sympy.trigsimp, sympy.cancel))
+        second = rewrite(first)
+        numbers = [atom for atom in second.atoms(sympy.Integer) if atom > 1]
+        if draw.random() < 0.5 and numbers:
+            number = draw.choice(sorted(numbers))
+            second = second.xreplace({number: number + 1})
+        gold, answer = sympy.latex(first), sympy.latex(second)
+        if gold == answer or max(len(gold), len(answer)) > 300:
+            continue
+        point = {symbol: sympy.Rational(draw.randint(500, 2_000), 977) for symbol in sympy.symbols("x y")}
+        gap = sympy.N((first - second).subs(point), 60)
+        truth = bool(abs(gap) < sympy.Float(10) ** -50)
+        verdict = verifier.judge(answer, gold)
+        assert verdict[0] is truth, (gold, answer, truth, verdict)
+        n_equal += truth
+        n_different += not truth
 
 
 # --------------------------------------------------------------------------------------------------------- hostile text
@@ -507,8 +668,8 @@ def test_the_source_has_no_way_to_execute_text_and_no_signals():
         "parse_expr",
         "system",
         "popen",
-        "signal",
         "alarm",
+        "setitimer",
         "pickle",
         "sympy",
     }
@@ -520,6 +681,7 @@ def test_the_source_has_no_way_to_execute_text_and_no_signals():
             if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "re"):
                 names.add(node.attr)
         assert not names & forbidden
+        assert path.name == "verifier.py" or "signal" not in names  # there: workers leave Ctrl-C to their parent
 
 
 # ----------------------------------------------------------------------------------------------------- worker processes
@@ -702,6 +864,50 @@ def test_workers_end_with_the_process_that_started_them():
             pytest.fail(f"the worker outlives its parent after {how}")
 
 
+def test_a_worker_notices_that_its_parent_is_gone_though_another_process_holds_the_pipe():
+    code = (
+        "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from grading import verifier\n"
+        "verifier.verify_many([('</think>\\\\boxed{2x}', 'x+x')], 1)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    sys.stdout.close(); os.close(1)\n"
+        "    import time; time.sleep(30); os._exit(0)\n"
+        "print(verifier.POOL.idle[0].pid, child, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    worker, child = map(int, run.stdout.split())
+    try:
+        assert os.path.exists(f"/proc/{child}")
+        for _ in range(100):
+            if has_ended(worker):
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the worker outlives its parent")
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def has_ended(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent():
+    pool = verifier.Pool()
+    try:
+        assert verifier.verify_many([(boxed("2x"), "x+x")], 1, pool=pool)[0].correct
+        worker = pool.idle[0]
+        os.kill(worker.pid, signal.SIGINT)
+        assert verifier.verify_many([(boxed("3x"), "x+2x")], 1, pool=pool)[0].correct
+        assert pool.idle == [worker]
+    finally:
+        pool.close()
+
+
 def test_a_worker_that_cannot_start_is_an_error_not_a_verdict():
     pool = verifier.Pool()
     pool.command = [sys.executable, "-c", "raise SystemExit(3)"]
@@ -725,6 +931,31 @@ def test_points_do_not_depend_on_the_order_of_names():
     assert values.Point(2)["x"] == values.Point(2)["x"] != values.Point(2)["y"]
     assert all(values.Point(k)[name] > 0 for k in range(3) for name in "abcxyz")
     assert any(values.Point(k)[name] < 0 for k in range(3, 6) for name in "abcxyz")
+
+
+@pytest.mark.parametrize("tiny", ["10^{-300}", "10^{-900}", "e^{-2000}"])
+def test_a_small_term_beside_a_large_one_is_never_overlooked(tiny):
+    verdict = verifier.verify(boxed(f"e^{{100}}+{tiny}"), "e^{100}")
+    assert verdict.correct is not True
+    assert verifier.verify(boxed(f"e^{{100}}+{tiny}-{tiny}"), "e^{100}").correct is not False
+
+
+@pytest.mark.parametrize("text", ["\ud800", "5\ud800", "\\text{\udfff}", "x_{\ud812}"])
+def test_a_lone_surrogate_is_only_an_odd_letter(text):
+    for pair in ((boxed(text), "5"), (boxed("5"), text), ("\ud800" + boxed("5") + "\ud800", "5")):
+        assert verifier.verify_many([pair, (boxed("2x"), "x+x")], 1)[0] == verifier.verify(*pair)
+    assert verifier.verify("\ud800" + boxed("5"), "5").correct is True
+
+
+def test_golds_that_cannot_be_judged_are_named():
+    readable = ["5", "x+1", "\\text{no solution}", ["5", "6"], "7:55 \\text{ p.m.}", "y'=2y", "f(0)"]
+    unreadable = ["\\frac{1}{0}", "\\frac{1}{", "", [], ["5", "1,2,\\ldots,n"], "5 \\text{ foos}", "9^{9^{9}}"]
+    assert verifier.unreadable_golds([*readable, *unreadable, *unreadable], 1) == [*unreadable, *unreadable]
+    assert verifier.unreadable_golds(readable, 0) == []
+    golds = [case["gold"] for case in CASES]
+    named = {str(gold) for gold in verifier.unreadable_golds(golds, 1)}
+    assert len(named) < 20 and all("dots" in gold or "brace" in gold or "^{2" in gold or "sum" in gold
+                                   or "lim" in gold or "=(x-1)" in gold for gold in named), named
 
 
 @pytest.mark.parametrize(
