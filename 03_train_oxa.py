@@ -262,8 +262,9 @@ def fullest_pack(data: Data, budget: int) -> list[int]:
 def unlikelihood(logp: torch.Tensor, clamp: str = "published") -> torch.Tensor:
     """-log(1 - p) [N], stable at both ends: log(-expm1(lp)) for lp >= -ln 2, else log1p(-exp(lp)).
 
-    log p is held at most at log(1 - 1e-6) (A28). As published, the gradient beyond is zero, just where
-    the model is surest; 'straight-through' takes the clamped value and lets the gradient pass.
+    log p is held at most at log(1 - 1e-6) (A28). As published, the gradient beyond is zero, just
+    where the model is surest; 'straight-through' takes the clamped value and lets the gradient
+    pass.
     """
     clamped = logp.clamp(max=math.log1p(-1e-6))
     if clamp == "straight-through":
