@@ -699,7 +699,7 @@ def bin_table(edges, target, candidates, picked) -> list[dict]:
 
 def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
     """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
-    pool = candidates(columns)
+    pool = ce_candidates(columns)
 
     if args.arm == "sft":
         return uniform_sample(columns, pool, args), {}
@@ -718,7 +718,7 @@ def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
     return picked, details
 
 
-def candidates(columns: Columns) -> np.ndarray:
+def ce_candidates(columns: Columns) -> np.ndarray:
     """The rows that cross entropy may train on: [M], of the rows R."""
     pool = np.flatnonzero((columns.correct == 1) & ~np.isnan(columns.ppl))
     if not len(pool):
@@ -776,7 +776,7 @@ def gaussian_advice(columns: Columns, n_picked: int, mu: float, args) -> str:
     Tried out are other centres, in the range as it is and in one that holds 98 % of the responses,
     with the paper's proportions of bins and width.
     """
-    pool = candidates(columns)
+    pool = ce_candidates(columns)
     ppl = columns.ppl[pool]
     low, middle, high = np.quantile(ppl, (0.01, 0.5, 0.99)).tolist()
     text = (f"98 % of the {len(pool):,} correct responses have perplexities from {low:.4g} to "

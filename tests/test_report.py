@@ -86,6 +86,12 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One seed, two arms, no RLVR: what tests copy and then change."""
+    return write_run(tmp_path_factory.mktemp("small"), (0,), ("sft", "oxa_full"), ())
+
+
 def summary_of(path):
     return json.loads((path / "report" / "summary.json").read_text())
 
@@ -257,8 +263,20 @@ def test_k_above_the_samples_drawn_is_refused(run, tmp_path, capsys):
         if k == 5:
             add_benchmark(tmp_path / str(k), "id", 4, lambda arm: 0)
         with pytest.raises(SystemExit) as stop:
-            report.main([str(tmp_path / str(k)), "--k", str(k), *flags])
+            report.main([str(tmp_path / str(k)), "--k", str(k), *flags])           # before anything is drawn
         assert stop.value.code == 2 and f"too few for --k {k}" in capsys.readouterr().err
+
+
+def test_arms_with_unlike_numbers_of_samples_are_compared_at_a_common_k_only(small, tmp_path, capsys):
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "seed-0" / "sft" / "eval" / "hard.problems.jsonl"
+    write_rows(path, [dict(row, n=4, n_correct=min(row["n_correct"], 4)) for row in common.read_jsonl(path)])
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2 and "different numbers of samples" in capsys.readouterr().err
+    report.main([str(tmp_path), "--k", "4"])
+    c2 = summary_of(tmp_path)["claims"][0]["claims"]["C2"]
+    assert c2["benchmarks"] == ["id", "hard"] and c2["at_n"] is None
 
 
 def test_entropy_of_the_trainers_first_step_stands_beside_c3(run):
@@ -273,9 +291,9 @@ def test_entropy_of_the_trainers_first_step_stands_beside_c3(run):
 HOSTILE = "<img src=x onerror=alert(1)> [a](http://b) | c `d` \n# e \x1b[31m ~~f~~ **g**"
 
 
-def test_names_and_captions_are_shown_as_text(tmp_path):
+def test_names_and_captions_are_shown_as_text(small, tmp_path):
     arm = "x<b>[y](z)|$q$"                                # a directory may have such a name
-    write_run(tmp_path / "<i>run", (0,), ("sft", "oxa_full"), ())
+    shutil.copytree(small, tmp_path / "<i>run")
     shutil.copytree(tmp_path / "<i>run/seed-0/sft", tmp_path / "<i>run/seed-0" / arm)
     (tmp_path / "<i>run" / "a.png").write_bytes(b"1")
     (tmp_path / "<i>run" / "explain.json").write_text(json.dumps([
@@ -289,34 +307,34 @@ def test_names_and_captions_are_shown_as_text(tmp_path):
     assert len(re.findall(r"(?<!\\)\|", cells)) == 9, "eight cells"
 
 
-@pytest.mark.parametrize("name", ["../outside.png", "/etc/hostname", "link.png", "seed-0/sft/train.jsonl", "missing.png", "."])
+@pytest.mark.parametrize("name", ["../outside.png", "/etc/hostname", "link.png", "train.jsonl", "missing.png", "."])
 def test_explain_json_names_no_file_outside_its_folder(tmp_path, capsys, name):
-    write_run(tmp_path / "run", (0,), ("sft",), ())
+    (tmp_path / "run" / "figures").mkdir(parents=True)
+    (tmp_path / "run" / "train.jsonl").write_text("{}")
     (tmp_path / "outside.png").write_bytes(b"1")
     (tmp_path / "run" / "link.png").symlink_to(tmp_path / "outside.png")
     (tmp_path / "run" / "explain.json").write_text(json.dumps([{"title": "t", "figures": [{"file": name, "caption": "c"}]}]))
     with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path / "run")])
+        report.explanation(tmp_path / "run", tmp_path / "run" / "figures")
     assert stop.value.code == 2 and "explain.json names the figure" in capsys.readouterr().err
-    assert not list((tmp_path / "run" / "report" / "figures").glob("explain_*"))
+    assert not list((tmp_path / "run" / "figures").iterdir())
 
 
 @pytest.mark.parametrize("content", ["{", "3", "[3]", "[{}]", '[{"title": 1}]', '[{"title": "t", "columns": ["a"], "rows": [[1, 2]]}]',
                                      '[{"title": "t", "figures": [{"file": "a.png"}]}]'])
 def test_explain_json_of_another_form_is_refused(tmp_path, capsys, content):
-    write_run(tmp_path, (0,), ("sft",), ())
     (tmp_path / "explain.json").write_text(content)
     with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path)])
-    assert stop.value.code == 2 and "explain.json" in capsys.readouterr().err
+        report.explanation(tmp_path, tmp_path)
+    assert stop.value.code == 2 and "explain.json is no list of sections" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, sentence", [
     ({"n": 0}, "0 samples are right"), ({"n_correct": 9}, "9 of 8 samples are right"), ({"n_correct": -1}, "-1 of 8"),
     ({"n_correct": "3"}, "field 'n_correct' is str"), ({"pid": ""}, "field 'pid'"), ({"entropy": "x"}, "field 'entropy'"),
     ({"pid": "id-1"}, "occurs twice"), ({"entropy": float("nan")}, "not valid JSON")])
-def test_bad_problem_tables_are_refused_by_file_and_line(tmp_path, capsys, change, sentence):
-    write_run(tmp_path, (0,), ("sft",), ())
+def test_bad_problem_tables_are_refused_by_file_and_line(small, tmp_path, capsys, change, sentence):
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "seed-0" / "sft" / "eval" / "id.problems.jsonl"
     rows = list(common.read_jsonl(path))
     write_rows(path, rows[:2] + [{**rows[2], **change}])
@@ -326,11 +344,11 @@ def test_bad_problem_tables_are_refused_by_file_and_line(tmp_path, capsys, chang
     assert stop.value.code == 2 and "id.problems.jsonl:3: " in message and sentence in message
 
 
-def test_bad_input_is_one_sentence(tmp_path, capsys):
+def test_bad_input_is_one_sentence(small, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path)])
     assert stop.value.code == 2 and "holds no evaluation" in capsys.readouterr().err
-    write_run(tmp_path, (0,), ("sft", "oxa_full"), ())
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "seed-0" / "sft" / "eval" / "id.problems.jsonl"
     write_rows(path, list(common.read_jsonl(path))[1:])
     with pytest.raises(SystemExit) as stop:

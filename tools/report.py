@@ -126,6 +126,8 @@ def load_run(path, k=0, beside=()) -> Run:
             results = read_json(folder / name / "results.json", {"grader": str, "benchmarks": dict})
             graders[results["grader"]] += 1
             for b in results["benchmarks"]:
+                if Path(b).name != b:
+                    common.die(f"{folder / name / 'results.json'}: {b!r} is no benchmark's name")
                 table = read_table(folder / name / f"{b}.problems.jsonl")
                 tables[int(seed), folder.name, when, b] = table
     if not tables:
@@ -169,7 +171,7 @@ def read_table(path) -> dict:
 def check_k(path, k, tables, counted):
     """Pass@k of fewer than k samples is not defined."""
     for (seed, arm, _, b), table in tables.items():
-        fewest = min(row["n"] for row in table.values())
+        fewest = min(samples_drawn(table))
         if b in counted and k > fewest:
             common.die(f"{path}, seed {seed}: {arm} has {fewest} samples a problem on {b}, too few "
                        f"for --k {k}; draw more, or name a k of at most {fewest}")
@@ -208,7 +210,17 @@ def values_of(run, key, reference, measure) -> dict:
     if table.keys() != other.keys():
         common.die(f"{run.path}, seed {seed}, {b}: {arm} and {reference} were evaluated on "
                    "different problems")
+    if measure in ("k", "n") and samples_drawn(table) != samples_drawn(other):
+        if not run.k:
+            common.die(f"{run.path}, seed {seed}, {b}: {arm} and {reference} have different "
+                       "numbers of samples a problem; compare them at a --k that both have")
+        if measure == "n":
+            return dict.fromkeys(values, math.nan)
     return {pid: value - measured(other[pid], measure, run.k) for pid, value in values.items()}
+
+
+def samples_drawn(table) -> set:
+    return {row["n"] for row in table.values()}
 
 
 def as_columns(values) -> np.ndarray:
@@ -320,7 +332,9 @@ def entropy_at_rl_start(run, arm, reference):
 def read_metrics(run, seed, arm, stage) -> list[dict]:
     """metrics.jsonl of a training run; none if it left none."""
     path = run.path / f"seed-{seed}" / arm / stage / "metrics.jsonl"
-    return list(common.read_jsonl(path, {"step": int})) if path.exists() else []
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    return list(common.read_jsonl(path, {"step": int}))
 
 
 def effects(found) -> list[tuple]:
@@ -390,7 +404,7 @@ def labels_of(run) -> tuple[str, str]:
     drawn = set()
     for (_, _, _, b), table in run.tables.items():
         if b in run.counted:
-            drawn |= {row["n"] for row in table.values()}
+            drawn |= samples_drawn(table)
     label_n = f"Pass@{drawn.pop()}" if len(drawn) == 1 else "Pass@n"
     return f"Pass@{run.k}" if run.k else label_n, label_n
 
@@ -438,13 +452,13 @@ def provenance(run) -> tuple[dict, dict]:
     counters = {name: Counter() for name in ("code", "packages", "perplexity under")}
     hashes = {}
     for path in sorted(run.path.rglob("*.meta.json")):
-        meta = json.loads(path.read_text())
-        counters["code"][meta["commit"]] += 1
-        packages = [f"{name} {version}" for name, version in meta["versions"].items()]
+        meta = common.read_meta(path.with_name(path.name.removesuffix(".meta.json")))
+        counters["code"][meta.get("commit", "unknown")] += 1
+        packages = [f"{name} {version}" for name, version in meta.get("versions", {}).items()]
         counters["packages"][", ".join(packages)] += 1
         if "scorer" in meta:
             counters["perplexity under"][short_path(meta["scorer"])] += 1
-        for name, digest in meta["inputs"].items():
+        for name, digest in meta.get("inputs", {}).items():
             hashes[short_path(name)] = digest
     facts = {"seeds": ", ".join(map(str, run.seeds))}
     for name, counter in (counters | {"grader": run.graders}).items():
@@ -539,13 +553,14 @@ def draw_perplexity(meta, seed, out) -> str:
     bins = meta["bins"]
     low = [b["low"] for b in bins]
     width = bins[0]["high"] - bins[0]["low"]
+    sigma = meta.get("sigma", meta["args"]["sigma"])
     figure, axes = panels(2, n_cols=1, height=1.6)
     axes[0].bar(low, [b["available"] for b in bins], width, align="edge", color="#b8b8b8",
                 label="verified teacher responses")
     axes[1].bar(low, [b["actual"] for b in bins], width, align="edge", color=STYLES["oxa_mle"][0],
                 label="picked for oxa_mle and oxa_full")
     axes[1].step(low, [b["target"] for b in bins], where="post", color="black",
-                 label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {meta['sigma']:.2g}")
+                 label=f"target: Gaussian, μ = {meta['mu']:.2f}, σ = {sigma:.2g}")
     axes[1].sharex(axes[0])
     axes[1].set_xlabel(f"perplexity of the response under the base model, bins of {width:.2g}")
     picked = f"{meta['ce']['actual']:,} of {meta['ce']['target']:,} wanted"
