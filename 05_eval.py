@@ -186,10 +186,11 @@ class Benchmark:
         """How the responses were drawn, the model's weights by their hash."""
         meta = self.sidecar()
         settings = {name: meta["args"].get(name) for name in SETTINGS}
-        settings["weights"] = None
-        for path, digest in meta["inputs"].items():
-            if path.startswith(str(Path(settings["model"]))):
-                settings["weights"] = digest
+        model = Path(settings["model"])
+        settings["weights"] = None                # of a hub id
+        for path in (model, model / "final"):     # see model_dir
+            if str(path) in meta["inputs"]:
+                settings["weights"] = meta["inputs"][str(path)]
         return settings
 
 
