@@ -52,6 +52,7 @@ from common import die, printable
 from engines import make_engine
 from grading import verifier
 from model import (
+    check_model_dir,
     decode_response,
     load_model,
     load_tokenizer,
@@ -185,10 +186,11 @@ class Benchmark:
         """How the responses were drawn, the model's weights by their hash."""
         meta = self.sidecar()
         settings = {name: meta["args"].get(name) for name in SETTINGS}
-        settings["weights"] = None
-        for path, digest in meta["inputs"].items():
-            if path.startswith(str(Path(settings["model"]))):
-                settings["weights"] = digest
+        model = Path(settings["model"])
+        settings["weights"] = None                # of a hub id
+        for path in (model, model / "final"):     # see model_dir
+            if str(path) in meta["inputs"]:
+                settings["weights"] = meta["inputs"][str(path)]
         return settings
 
 
@@ -720,6 +722,8 @@ def main(argv=None):
     dist = common.init_distributed(patience_hours=24)
     draws = args.model is not None and not args.regrade
     if dist.rank == 0:
+        if draws:
+            check_model_dir(args.model)
         common.claim_output(Path(args.out) / "results.json")
         for bench in benches:
             common.claim_output(bench.rows, [bench.source])

@@ -6,7 +6,9 @@
 64 responses side by side (8 word problems x 8 samples), temperature 0.6, top-p 0.95, 64 new tokens,
 one thread. The engines run in turn in each round, on the same requests. Seconds are CPU seconds of
 the process, so that other processes disturb little; the table gives medians over rounds, and ratios
-within the round. vLLM's prefix cache is emptied before each round, as ours keeps nothing either.
+within the round. "vLLM" is vLLM as it comes, its linear layers packed for the CPU. "vLLM, synced" is
+as engines.py runs it, where they stay plain so that a trainer's weights can be written into them.
+Its prefix cache is emptied before each round, as ours keeps nothing either.
 """
 
 import argparse
@@ -42,6 +44,8 @@ PROBLEMS = (
 
 def run_engine(engine, prompts, args, n_new: int) -> int:
     """Draws all responses with one of our engines; returns the number of tokens."""
+    if isinstance(engine, engines.VLLMEngine):
+        engine.llm.reset_prefix_cache()
     n_tokens = 0
     seeds = range(len(prompts))
     drawn = engine.generate(prompts, seeds, args.temperature, args.top_p, n_new)
@@ -90,15 +94,17 @@ def ways_to_generate(args, prompts) -> dict:
         from transformers import AutoModelForCausalLM
         bare = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
         ways["bare Hugging Face"] = lambda n_new: run_bare(bare, prompts, args, n_new, stops)
-    if "vllm" in args.peers and importlib.util.find_spec("vllm"):
-        vllm = engines.make_engine("vllm", args.model, longest, **options)
-
-        def run_vllm(n_new):
-            vllm.llm.reset_prefix_cache()
-            return run_engine(vllm, prompts, args, n_new)
-
-        ways["vLLM"] = run_vllm
+    if "vllm" in args.peers:
+        plain, engines.keep_linear_weights = engines.keep_linear_weights, as_it_comes
+        add_engine("vLLM", engines.make_engine("vllm", args.model, longest, **options))
+        engines.keep_linear_weights = plain
+    if "vllm-synced" in args.peers:
+        add_engine("vLLM, synced", engines.make_engine("vllm", args.model, longest, **options))
     return ways
+
+
+def as_it_comes():
+    """In place of `engines.keep_linear_weights`."""
 
 
 def main():
@@ -106,7 +112,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "toy/base"))
     parser.add_argument("--before", help="an older engines.py, measured beside")
-    parser.add_argument("--peers", nargs="*", default=["bare", "vllm"], help="bare, vllm")
+    parser.add_argument("--peers", nargs="*", default=["bare", "vllm"],
+                        help="bare, vllm, vllm-synced")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=8)
