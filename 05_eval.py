@@ -52,6 +52,7 @@ from common import die, printable
 from engines import make_engine
 from grading import verifier
 from model import (
+    check_model_dir,
     decode_response,
     load_model,
     load_tokenizer,
@@ -719,6 +720,8 @@ def main(argv=None):
     benches = open_benchmarks(args)
     dist = common.init_distributed(patience_hours=24)
     draws = args.model is not None and not args.regrade
+    if draws:
+        check_model_dir(args.model)
     if dist.rank == 0:
         common.claim_output(Path(args.out) / "results.json")
         for bench in benches:
