@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 from common import die
 from engines import make_engine
-from model import (check_positions, decode_response, encode_response, load_config, load_tokenizer,
-                   model_dir, render_prompt)
+from model import (check_model_dir, check_positions, decode_response, encode_response, load_config,
+                   load_tokenizer, model_dir, render_prompt)
 
 # -------------------------------------------------------------------- sources: which column is what
 
@@ -651,6 +651,7 @@ def problems(args):
     counts["kept"] = len(rows)
     if not rows:
         die(f"{args.source}: no usable problem ({dict(counts)})")
+    common.write_meta(args.out, "problems", args, inputs, rows=None)      # unfinished, until below
     write_rows(args.out, rows.values())
     report_overlap(overlap, args.out)
     found = {"counts": counts, "instruction": instruction or None}
@@ -767,6 +768,7 @@ def teacher(args):
     counts["problems"] = len(problem_rows)
     found = {"counts": counts, "instruction": instruction or None}
     if args.problems_out:
+        common.write_meta(args.problems_out, "problems", args, inputs, rows=None)
         write_rows(args.problems_out, problem_rows)
         common.write_meta(args.problems_out, "problems", args, inputs, len(problem_rows), **found)
     report_overlap(overlap, args.out)
@@ -797,6 +799,7 @@ def read_prompts(args, tokenizer):
 def model_samples(args):
     """`--n` samples of every problem, split over the ranks; a restart draws what is missing."""
     dist = common.init_distributed(patience_hours=24)    # a rank may draw for hours after another
+    check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model, any_markup=True)
     prompts, n_too_long = read_prompts(args, tokenizer)
     longest = max(len(prompt) for prompt in prompts.values()) + args.max_tokens

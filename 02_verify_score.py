@@ -57,8 +57,8 @@ from tqdm import tqdm
 
 from common import die
 from grading.verifier import unreadable_golds, verify_many
-from model import (check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
-                   pack_sequences, render_prompt, token_logprobs)
+from model import (check_model_dir, check_positions, encode_text, load_config, load_model,
+                   load_tokenizer, model_dir, pack_sequences, render_prompt, token_logprobs)
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
 
@@ -322,6 +322,7 @@ def score(args):
     inputs = [args.samples, directory]
     if writes:
         common.claim_output(args.out, inputs)
+    check_model_dir(directory, renders=args.ppl_context == "prompt")
     n_rows = check_lengths(args, load_config(directory))
     tokenizer = load_tokenizer(directory)
     done, out = {}, None
@@ -585,7 +586,7 @@ def bin_edges(low: float, high: float, width: float) -> np.ndarray:
     """[n_bins + 1] edges, exact to ten decimals: 1.15 lies in [1.15, 1.20), as it reads."""
     n_bins = round((high - low) / width)
     remainder = (high - low) - n_bins * width
-    if n_bins < 1 or abs(remainder) > 1e-9:
+    if not 1 <= n_bins <= 100_000 or abs(remainder) > 1e-9:
         die(f"the range [{low}, {high}] is not a whole number of bins of width {width}; "
             "--n-bins cuts any range")
     edges = low + width * np.arange(n_bins + 1)
@@ -897,6 +898,7 @@ def select(args):
         print_set("unlikelihood", sets["ul"])
         print(f"  {ul_details['candidates']:,} candidates; dropped: {ul_details['dropped']}")
 
+    common.write_meta(args.out, "training", args, inputs, rows=None)      # unfinished, until below
     with common.replace_file(args.out) as file:
         copy_rows(teacher, ce, "ce", file)
         if full:

@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 from common import die
 from model import (
-    END_OF_TURN, TokenLogprobs, clip_gradient, distribute, encode_response, gradient_sync,
-    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
-    pack_sequences, plan_packs, render_prompt, save_checkpoint)
+    END_OF_TURN, TokenLogprobs, check_model_dir, clip_gradient, distribute, encode_response,
+    gradient_sync, latest_checkpoint, load_config, load_model, load_state, load_tokenizer,
+    model_dir, pack_sequences, plan_packs, render_prompt, save_checkpoint)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -128,18 +128,14 @@ def tokenize(args, tokenizer, max_positions: int):
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     lengths, starts, is_ul, sids = [], [], [], []
     dropped = []
-    seen = set()
     fields = {"sid": str, "problem": str, "response": str, "objective": str}
-    with open(out / "tokens.bin.tmp", "wb") as file:
-        rows = common.read_jsonl(args.data, fields)
+    rows = common.read_jsonl(args.data, fields, key="sid")
+    # without its index there is no cache: a kill between the two files leaves none
+    (out / "tokens.npz").unlink(missing_ok=True)
+    with common.replace_file(out / "tokens.bin", "wb") as file:
         for row in tqdm(rows, desc="tokenize", unit=" rows", mininterval=2):
-            sid, objective = row["sid"], row["objective"]
-            if objective not in ("ce", "ul"):
-                die(f"{args.data}: row {sid} has objective '{objective}', expected 'ce' or 'ul'")
-            if sid in seen:
-                die(f"{args.data}: sid {sid} occurs twice; every response needs its own")
-            seen.add(sid)
-
+            if row["response"].strip() == "":
+                die(f"{args.data}: the response of {row['sid']} is empty; remove this row")
             prompt = render_prompt(tokenizer, row["problem"])
             ids = prompt + encode_response(tokenizer, row["response"])
             assert ids[-1] == end_of_turn, "the last token that is trained ends the turn"
@@ -149,8 +145,8 @@ def tokenize(args, tokenizer, max_positions: int):
             file.write(np.asarray(ids, dtype=np.int32).tobytes())
             lengths.append(len(ids))
             starts.append(len(prompt))
-            is_ul.append(objective == "ul")
-            sids.append(sid)
+            is_ul.append(row["objective"] == "ul")
+            sids.append(row["sid"])
 
     if dropped:
         quantiles = np.quantile(dropped, [0, 0.5, 1]).astype(int).tolist()
@@ -164,10 +160,8 @@ def tokenize(args, tokenizer, max_positions: int):
             "(python -m tools.prepare_base) or lower --max-tokens")
 
     borders = np.concatenate([[0], np.cumsum(lengths)])
-    with open(out / "tokens.npz.tmp", "wb") as file:
+    with common.replace_file(out / "tokens.npz", "wb") as file:
         np.savez(file, key=key, borders=borders, starts=starts, is_ul=is_ul, sids=sids)
-    (out / "tokens.bin.tmp").replace(out / "tokens.bin")
-    (out / "tokens.npz.tmp").replace(out / "tokens.npz")
 
 
 def cache_key(args, tokenizer) -> str:
@@ -389,6 +383,7 @@ def main(argv=None):
         return say(f"{out / 'final'} is there: nothing to do")
 
     # the data: tokens once on disk, mapped by all ranks
+    check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model)
     if dist.rank == 0:
         tokenize(args, tokenizer, load_config(args.model).max_position_embeddings)

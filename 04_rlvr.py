@@ -56,9 +56,9 @@ from tqdm import tqdm
 import engines
 from grading import verifier
 from model import (
-    TokenLogprobs, check_positions, clip_gradient, decode_response, distribute, gradient_sync,
-    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
-    pack_sequences, plan_packs, render_prompt, save_checkpoint, token_logprobs)
+    TokenLogprobs, check_model_dir, check_positions, clip_gradient, decode_response, distribute,
+    gradient_sync, latest_checkpoint, load_config, load_model, load_state, load_tokenizer,
+    model_dir, pack_sequences, plan_packs, render_prompt, save_checkpoint, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
@@ -648,6 +648,7 @@ def main(argv=None):
         return say(f"{out / 'final'} is there: nothing to do")
 
     # the problems, and what they need
+    check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model)
     problems = usable_problems(args.problems, tokenizer, args, args.prompts_per_step, say)
     eval_problems = []

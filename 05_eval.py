@@ -721,6 +721,8 @@ def main(argv=None):
     benches = open_benchmarks(args)
     dist = common.init_distributed(patience_hours=24)
     draws = args.model is not None and not args.regrade
+    if draws:
+        check_model_dir(args.model)
     if dist.rank == 0:
         if draws:
             check_model_dir(args.model)

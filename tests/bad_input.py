@@ -179,7 +179,7 @@ CASES = [
     ("train", recipe("[train]\nepochs = [3]"), "epochs = [3] is not int"),
     ("train", recipe("[train]\ndata = 3"), "data = 3 is not str"),
     ("eval", recipe("[eval]\nproblems = [3]"), "problems = [3] is not str"),
-    ("select", recipe("[select]\nself = 3"), "self = 3 is not str"),
+    ("select", recipe("[select]\nself_samples = 3"), "self_samples = 3 is not str"),
     ("select", recipe("[select]\nmu = nan"), "--mu must be a finite number"),
     ("model", recipe("[sample]\nname = 'a/b'"), "--name"),
     # ---- the output
