@@ -20,8 +20,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "faults: the long fault suite, run by bash tests/run.sh --faults alone")
 
 
+@pytest.hookimpl(tryfirst=True)           # before -m is applied
 def pytest_collection_modifyitems(config, items):
-    """The long fault suite runs only when it is asked for."""
+    """What uses a vLLM engine is slow (it takes twenty seconds to start); the fault suite runs when asked for."""
+    for item in items:
+        if "vllm_engine" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
     if "faults" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("faults")]

@@ -324,6 +324,7 @@ def test_vllm_sleep_and_wake_order(vllm, hf_engine, prompts, monkeypatch):
     assert ids(draw(vllm, prompts, 0)) == ids(draw(hf_engine, prompts, 0))
 
 
+@pytest.mark.slow
 @vllm_only
 def test_vllm_gives_the_same_samples_and_grades_through_01_and_05(tmp_path, capsys):
     """Greedy, on the toy model: what 01 samples and 05 grades does not depend on the engine."""
@@ -345,6 +346,7 @@ def test_vllm_gives_the_same_samples_and_grades_through_01_and_05(tmp_path, caps
     assert len(got["vllm"][1]) == 24 and len({row[1] for row in got["vllm"][1]}) > 1
 
 
+@pytest.mark.slow
 @vllm_only
 def test_two_ranks_one_engine_each(model_path, tmp_path):
     """torchrun: the group is made first, each rank builds an engine, DDP trains on unequal batches, weights are synced

@@ -173,6 +173,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(finished, tiny_model_dir, 
     assert not list(tmp_path.glob("*.rank*"))
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_bytes(finished, tiny_model_dir, tmp_path):
     out, paths = finished
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]

@@ -233,6 +233,7 @@ def no_traceback(answer):
     return not any("Traceback" in text for text in answer["said"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", GROWING)
 def test_a_stage_that_is_killed_goes_on_to_the_same_bytes(world, stages, whole, tmp_path, stage):
     """One kill, in the midst of its file operations (the long suite: at every kind of moment)."""
@@ -243,6 +244,7 @@ def test_a_stage_that_is_killed_goes_on_to_the_same_bytes(world, stages, whole, 
     check_end(stages, stage, folder, 1, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", GROWING)
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(world, stages, whole, tmp_path, stage):
     expected, n, _ = whole.of(stage, 1)

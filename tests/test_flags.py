@@ -26,11 +26,6 @@ class Seen(Exception):
     """A script's parser was seen."""
 
 
-def parse_function(script):
-    module = importlib.import_module(script)
-    return getattr(module, "parse_args", None) or module.parse
-
-
 def all_commands():
     """Command, e.g. "02_verify_score select" -> (section of a recipe, its parser), by asking each script for its parser."""
     found = {}
@@ -48,7 +43,7 @@ def all_commands():
     try:
         for script in SCRIPTS:
             try:
-                parse_function(script)([])
+                importlib.import_module(script).parse_args([])
             except Seen:
                 pass
     finally:
@@ -98,7 +93,7 @@ def test_recipe_keys_are_flags_of_their_script(name, commands, monkeypatch):
         for action in parser.flags.values():
             if action.required and action.dest not in values:
                 argv += [*action.option_strings[-1:], str(action.choices[0] if action.choices else "x")]
-        args = parse_function(script)(argv)
+        args = importlib.import_module(script).parse_args(argv)
         assert {key: getattr(args, key) for key in values} == values
 
 

@@ -73,6 +73,7 @@ def measure(folder: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_training_sets_curves_and_evaluation_are_as_committed(tmp_path):
     stored, found = json.loads(STORED.read_text()), measure(tmp_path)
     assert found["training_sets"] == stored["training_sets"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import pytest
 from conftest import ROOT
 
 CHANGES = {'arms = ["sft", "sft_lp", "oxa_mle", "oxa_full"]': 'arms = ["sft", "oxa_full"]',
@@ -21,6 +22,7 @@ def start(recipe, folder):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     text = (ROOT / "recipes/toy.toml").read_text()
     for old, new in CHANGES.items():

@@ -237,6 +237,7 @@ def gradient_of(case, model, reference, dist):
     return stats, torch.cat([whole(p.grad).flatten() for p in policy.parameters()])
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_the_gradient_of_one_and_broken_exchanges_do_not(tmp_path, tiny_model_dir):
     reference, out = make_model(tmp_path / "ref", seed=3), tmp_path / "out.pt"
     code = tmp_path / "two_ranks.py"
@@ -292,6 +293,7 @@ def uninterrupted(tmp_path_factory, tiny_model_dir, problems):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, at", [(signal.SIGKILL, "step 3/4"), (signal.SIGINT, "step 1/4")])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, tiny_model_dir, problems, uninterrupted, name, at):
     out = tmp_path / "out"
@@ -485,6 +487,7 @@ def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeyp
     assert "eval_pass1" not in rows[0] and abs(rows[-1]["eval_pass1"] - after) < 0.25, "the small Pass@1 is of the same model"
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path, tiny_model_dir, problems):
     """The whole loop under torchrun: the same rollouts and rewards, and the same weights but for the order of sums."""
     flags = ["--prompts-per-step", "3", "--max-steps", "2", "--log-rollouts", "99", "--kl-coef", "0.1", "--lr", "1e-4"]

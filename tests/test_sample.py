@@ -585,6 +585,7 @@ def problem_file(tmp_path):
                                         for i in range(5)])
 
 
+@pytest.mark.slow
 def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_model_dir, problem_file,
                                                                  tiny_tokenizer, capsys):
     args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--n", 3, "--max-tokens", 12, "--engine",
@@ -617,6 +618,7 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
     assert out.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_failed_rank_ends_the_job_with_its_own_message(tmp_path, tiny_model_dir, problem_file):
     """Rank 0 dies over what a killed rank 1 left; rank 1, which waits for it, is ended by torchrun."""
     (tmp_path / "o.rank1.jsonl").write_text('{"what": "is this"}\n')

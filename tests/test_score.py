@@ -101,6 +101,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half)
     assert meta["status"] == first["status"] and meta["rows"] == first["rows"] == sum(meta["status"].values()) == 70
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives(world, tmp_path):
     one = score(world, tmp_path / "one.jsonl")
     out = tmp_path / "two.jsonl"

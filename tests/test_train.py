@@ -140,6 +140,7 @@ for mode in ("ddp", "fully_shard", "forgets-sync", "past-the-wrapper"):
 """
 
 
+@pytest.mark.slow
 def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path):
     args = train.parse_args(arguments(world, tmp_path, "--ul-weight", "0.3"))
     train.tokenize(args, byte_tokenizer(), 2048)
@@ -162,6 +163,7 @@ def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path)
     assert min(two_ranks("forgets-sync"), two_ranks("past-the-wrapper")) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_or_stopped_ends_bit_for_bit_like_one_that_is_not(world, tmp_path):
     common_arguments = ["--epochs", "20", "--save-every", "3"]                             # 60 steps
     assert launch(arguments(world, tmp_path / "whole", *common_arguments)).returncode == 0
