@@ -10,7 +10,7 @@ SOURCES and held against the columns that are there; nothing is guessed.
 
 When all problems of a source end in one common text, that is its instruction: the problems are
 imported without it, it is printed, and the sidecar keeps it (`instruction`). Problem + instruction
-is the source's prompt, character by character.
+is the source's prompt, character by character; --instruction gives the stages that text.
 
 Deliberate simplifications: a problem is known by its text (`pid` = hash of it), so two wordings of
 one problem are two problems; the order of a source is kept; teacher traces count as finished
@@ -50,8 +50,9 @@ from tqdm import tqdm
 
 from common import die
 from engines import make_engine
-from model import (check_model_dir, check_positions, decode_response, encode_response, load_config,
-                   load_tokenizer, model_dir, render_prompt)
+from model import (add_instruction_flag, check_instruction, check_model_dir, check_positions,
+                   decode_response, encode_response, load_config, load_tokenizer, model_dir,
+                   render_prompt)
 
 # -------------------------------------------------------------------- sources: which column is what
 
@@ -785,7 +786,7 @@ def read_prompts(args, tokenizer):
     for row in common.read_jsonl(args.problems, {"pid": str, "problem": str}, key="pid"):
         if args.limit and len(prompts) == args.limit:
             break
-        prompt = render_prompt(tokenizer, row["problem"])
+        prompt = render_prompt(tokenizer, row["problem"], args.instruction)
         if len(prompt) > args.max_prompt_tokens:
             n_too_long += 1
         else:
@@ -801,6 +802,7 @@ def model_samples(args):
     dist = common.init_distributed(patience_hours=24)    # a rank may draw for hours after another
     check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model, any_markup=True)
+    check_instruction(args.model, args.instruction)
     prompts, n_too_long = read_prompts(args, tokenizer)
     longest = max(len(prompt) for prompt in prompts.values()) + args.max_tokens
     check_positions(load_config(args.model), longest, "the longest prompt with --max-tokens")
@@ -917,6 +919,7 @@ def add_teacher_flags(add):
 def add_model_flags(add):
     add("--model", required=True, help="directory or hub id")
     add("--problems", required=True, metavar="JSONL", help="problems rows")
+    add_instruction_flag(add)
     add("--n", type=int, default=8, help="samples per problem")
     add("--temperature", type=float, default=0.6, help="sampling temperature; 0: greedy")
     add("--top-p", type=float, default=0.95, help="nucleus")

@@ -57,8 +57,9 @@ from tqdm import tqdm
 
 from common import die
 from grading.verifier import unreadable_golds, verify_many
-from model import (check_model_dir, check_positions, encode_text, load_config, load_model,
-                   load_tokenizer, model_dir, pack_sequences, render_prompt, token_logprobs)
+from model import (add_instruction_flag, check_instruction, check_model_dir, check_positions,
+                   encode_text, load_config, load_model, load_tokenizer, model_dir, pack_sequences,
+                   render_prompt, token_logprobs)
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
 
@@ -99,6 +100,7 @@ def parse_args(argv=None):
                    help="score and keep only these rows")
     p.add_argument("--ppl-context", choices=("response", "prompt"), default="response",
                    help="response: its text alone (the paper's); prompt: given the rendered prompt")
+    add_instruction_flag(p.add_argument)
     p.add_argument("--max-score-tokens", type=int, default=32768,
                    help="right-truncate longer sequences, tokens")
     p.add_argument("--token-budget", type=int, default=32768,
@@ -325,6 +327,8 @@ def score(args):
     check_model_dir(directory, renders=args.ppl_context == "prompt")
     n_rows = check_lengths(args, load_config(directory))
     tokenizer = load_tokenizer(directory)
+    if args.ppl_context == "prompt":
+        check_instruction(directory, args.instruction)
     done, out = {}, None
     if writes:
         common.start_output(args.out, "scored", args, inputs)
@@ -426,7 +430,7 @@ def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray
     for row, ids in zip(rows, texts):
         prompt = []
         if args.ppl_context == "prompt":
-            prompt = render_prompt(tokenizer, row["problem"])
+            prompt = render_prompt(tokenizer, row["problem"], args.instruction)
         ids = (prompt + ids)[:args.max_score_tokens]
         start = max(1, len(prompt))
         # An array takes 4 bytes a token, a list 36.

@@ -29,6 +29,7 @@ import common  # first: from here on Ctrl-C is one line
 
 import math
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,10 @@ from tqdm import tqdm
 
 from common import die
 from model import (
-    END_OF_TURN, TokenLogprobs, check_model_dir, clip_gradient, distribute, encode_response,
-    gradient_sync, latest_checkpoint, load_config, load_model, load_state, load_tokenizer,
-    model_dir, pack_sequences, plan_packs, render_prompt, save_checkpoint)
+    END_OF_TURN, TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir,
+    clip_gradient, distribute, encode_response, gradient_sync, latest_checkpoint, load_config,
+    load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs, render_prompt,
+    save_checkpoint)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -56,6 +58,7 @@ def parse_args(argv=None):
         help="training set of 02 select (JSONL)")
     add("--out", required=True,
         help="directory of this run")
+    add_instruction_flag(add)
     add("--lr", type=float, default=2.5e-4,
         help="peak learning rate (paper: 2.5e-4 for 1.5B, 5e-5 for 7B)")
     add("--epochs", type=int, default=6,
@@ -136,7 +139,7 @@ def tokenize(args, tokenizer, max_positions: int):
         for row in tqdm(rows, desc="tokenize", unit=" rows", mininterval=2):
             if row["response"].strip() == "":
                 die(f"{args.data}: the response of {row['sid']} is empty; remove this row")
-            prompt = render_prompt(tokenizer, row["problem"])
+            prompt = render_prompt(tokenizer, row["problem"], args.instruction)
             ids = prompt + encode_response(tokenizer, row["response"])
             assert ids[-1] == end_of_turn, "the last token that is trained ends the turn"
             if len(ids) >= args.max_tokens:
@@ -165,9 +168,9 @@ def tokenize(args, tokenizer, max_positions: int):
 
 
 def cache_key(args, tokenizer) -> str:
-    """What the tokens depend on: the data, the limit, the tokenizer (its vocabulary and its chat
-    template)."""
-    rendered = render_prompt(tokenizer, "1+1?")
+    """What the tokens depend on: the data, the limit, the instruction, the tokenizer (its
+    vocabulary and its chat template)."""
+    rendered = render_prompt(tokenizer, "1+1?", args.instruction)
     core = tokenizer.backend_tokenizer.to_str()
     return common.sha256_text(common.sha256_file(args.data), args.max_tokens, rendered, core)
 
@@ -178,7 +181,7 @@ def cached_key(out: Path) -> str | None:
         index = np.load(out / "tokens.npz")
         n_tokens = (out / "tokens.bin").stat().st_size // 4
         return str(index["key"]) if n_tokens == index["borders"][-1] else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
@@ -385,6 +388,7 @@ def main(argv=None):
     # the data: tokens once on disk, mapped by all ranks
     check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model)
+    check_instruction(args.model, args.instruction)
     if dist.rank == 0:
         tokenize(args, tokenizer, load_config(args.model).max_position_embeddings)
     common.barrier()
@@ -468,12 +472,12 @@ def main(argv=None):
         is_due = args.save_every and step % args.save_every == 0
         if step < n_steps and (signal_number or is_due):
             save_checkpoint(out, f"step-{step:06d}", model, tokenizer, optimizer, args.keep, dist,
-                            step=step)
+                            args.instruction, step=step)
         if step < n_steps and signal_number:
             say(f"stopped; step {step} is saved in {out}, the same command goes on from there")
             raise SystemExit(128 + signal_number)
 
-    save_checkpoint(out, "final", model, tokenizer, dist=dist)
+    save_checkpoint(out, "final", model, tokenizer, dist=dist, instruction=args.instruction)
     say(f"done: {out / 'final'} after {n_steps} steps, {time.time() - started:.0f} s")
 
 

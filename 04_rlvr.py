@@ -56,9 +56,10 @@ from tqdm import tqdm
 import engines
 from grading import verifier
 from model import (
-    TokenLogprobs, check_model_dir, check_positions, clip_gradient, decode_response, distribute,
-    gradient_sync, latest_checkpoint, load_config, load_model, load_state, load_tokenizer,
-    model_dir, pack_sequences, plan_packs, render_prompt, save_checkpoint, token_logprobs)
+    TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir, check_positions,
+    clip_gradient, decode_response, distribute, gradient_sync, latest_checkpoint, load_config,
+    load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs, render_prompt,
+    save_checkpoint, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
@@ -85,6 +86,7 @@ def parse_args(argv=None):
         help="problems (JSONL: pid, problem, answer)")
     add("--out", required=True,
         help="directory of this run")
+    add_instruction_flag(add)
     add("--engine", default="auto", choices=["auto", "hf", "vllm"],
         help="what draws the rollouts (auto: vLLM on a GPU)")
     add("--gpu-memory", type=float, default=0.3,
@@ -184,7 +186,7 @@ def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
     for row in common.read_jsonl(path, {"pid": str, "problem": str, "answer": (str, list)}):
         if row["pid"] in rows:
             common.die(f"{path}: pid {row['pid']} occurs twice; every problem needs its own")
-        prompt_ids = render_prompt(tokenizer, row["problem"])
+        prompt_ids = render_prompt(tokenizer, row["problem"], args.instruction)
         rows[row["pid"]] = {**row, "prompt_ids": prompt_ids}
     fitting = [row for row in rows.values() if len(row["prompt_ids"]) <= args.max_prompt_tokens]
     kept = [row for row, usable in zip(fitting, usable_golds(fitting, args)) if usable]
@@ -650,6 +652,7 @@ def main(argv=None):
     # the problems, and what they need
     check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model)
+    check_instruction(args.model, args.instruction)
     problems = usable_problems(args.problems, tokenizer, args, args.prompts_per_step, say)
     eval_problems = []
     if args.eval_every:
@@ -689,7 +692,7 @@ def main(argv=None):
 
     def save():
         save_checkpoint(out, f"step-{done:06d}", model, tokenizer, optimizer, args.keep, dist,
-                        step=done)
+                        args.instruction, step=done)
 
     stop = common.StopFlag()
     signal_number = 0
@@ -784,7 +787,7 @@ def main(argv=None):
         else:
             say("stopped before the first step was done; the same command starts again")
         raise SystemExit(128 + signal_number)
-    save_checkpoint(out, "final", model, tokenizer, dist=dist)
+    save_checkpoint(out, "final", model, tokenizer, dist=dist, instruction=args.instruction)
     say(f"done: {out / 'final'} after {n_steps} steps")
 
 

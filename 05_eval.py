@@ -52,6 +52,8 @@ from common import die, printable
 from engines import make_engine
 from grading import verifier
 from model import (
+    add_instruction_flag,
+    check_instruction,
     check_model_dir,
     decode_response,
     load_model,
@@ -71,7 +73,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
 
 # What two benchmarks in one results.json must have in common.
-SETTINGS = ("model", "temperature", "top_p", "max_tokens", "seed", "engine", "dtype")
+SETTINGS = ("model", "instruction", "temperature", "top_p", "max_tokens", "seed", "engine", "dtype")
 
 # What may change from one call to the next without changing a response that is there.
 FREE = ("problems", "n", "n_of", "token_budget", "verify_workers", "regrade", "second_grader",
@@ -87,6 +89,7 @@ def parse_args(argv=None):
         help="one problems.jsonl a benchmark: pid, problem, answer")
     add("--out", required=True,
         help="directory of the results; continued if it holds some")
+    add_instruction_flag(add)
     add("--n", type=int, default=32,
         help="samples a problem; a larger one keeps those that are there")
     add("--n-of", nargs="*", default=[], metavar="NAME=N",
@@ -211,6 +214,7 @@ def open_benchmarks(args) -> list[Benchmark]:
 
 def begin(bench, args):
     """Rank 0, before responses are drawn: those that are there must have been drawn alike."""
+    check_instruction(args.model, args.instruction)
     old = common.read_meta(bench.rows) or {}
     common.start_output(bench.rows, "eval", args, [bench.source, model_dir(args.model)], FREE)
     bench.note(grader=old.get("grader"))          # of the verdicts that are there already
@@ -287,7 +291,7 @@ def generate(benches, missing, args, dist):
         return
     tokenizer = load_tokenizer(args.model)
     texts = {row["problem"] for _, row, _ in requests}
-    encoded = {text: render_prompt(tokenizer, text) for text in texts}
+    encoded = {text: render_prompt(tokenizer, text, args.instruction) for text in texts}
     prompts = [encoded[row["problem"]] for _, row, _ in requests]
     seeds = [common.request_seed(args.seed, row["pid"], k) for _, row, k in requests]
     longest = max(len(prompt) for prompt in prompts) + args.max_tokens
@@ -382,7 +386,8 @@ def measure_entropy(bench, model, tokenizer, args, dist):
     problem, problems packed together; this rank's share."""
     samples, settings = sampled_ids(bench), bench.settings()
     done = stored_entropy(bench)
-    prompts = [render_prompt(tokenizer, row["problem"]) for row in bench.problems]
+    prompts = [render_prompt(tokenizer, row["problem"], args.instruction)
+               for row in bench.problems]
     sizes = []
     for pid, prompt in zip(bench.pids, prompts):
         sizes.append(sum(len(prompt) + len(ids) for ids in samples[pid]))

@@ -195,8 +195,14 @@ def parse_args(parser: Parser, section: str | None = None, argv=None) -> argpars
 
 
 def use_recipe(flags: dict, recipe, section: str):
-    """Make the values of a recipe's section the defaults of `flags` (name -> argparse.Action)."""
-    values = load_recipe(recipe).get(section, {})
+    """Make the values of a recipe's section the defaults of `flags` (name -> argparse.Action).
+
+    `[run] instruction` is the default of every stage that has that flag.
+    """
+    sections = load_recipe(recipe)
+    values = sections.get(section, {})
+    if "instruction" in flags and "instruction" in sections.get("run", {}):
+        values = {"instruction": sections["run"]["instruction"], **values}
     for key, value in values.items():
         where = f"recipe {recipe} [{section}]"
         if key not in flags:

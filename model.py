@@ -29,7 +29,7 @@ from common import Dist, barrier, die
 
 # ------------------------------------------------------------------------------------------ tokens
 
-# One text in training, RLVR and evaluation (PAPER.md, "Prompt").
+# One text in training, RLVR and evaluation (PAPER.md, "Prompt"); --instruction gives a run another.
 INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
                "then put your final answer within \\boxed{}.")
 END_OF_TURN = "<|im_end|>"
@@ -59,11 +59,35 @@ def load_tokenizer(path, any_markup: bool = False):
     return tokenizer
 
 
-def render_prompt(tokenizer, problem: str) -> list[int]:
-    """Token ids of the user turn and the opening of the assistant's, no system prompt."""
-    messages = [{"role": "user", "content": problem + INSTRUCTION}]
+def render_prompt(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[int]:
+    """Token ids of the user turn (the problem, then the instruction) and the opening of the
+    assistant's, no system prompt."""
+    messages = [{"role": "user", "content": problem + instruction}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def add_instruction_flag(add):
+    """`--instruction` of every stage that renders prompts; `add`: the parser's add_argument."""
+    add("--instruction", default=INSTRUCTION,
+        help="text behind every problem, one for all stages of a run (recipe: [run] instruction)")
+
+
+INSTRUCTION_FILE = "instruction.json"        # in the directory of a model that was trained with one
+
+
+def check_instruction(path, instruction: str):
+    """Refuse a model that was trained with another instruction; a base was trained with none."""
+    file = Path(model_dir(path)) / INSTRUCTION_FILE
+    if not file.is_file():
+        return
+    try:
+        trained = json.loads(file.read_text(encoding="utf-8"))["instruction"]
+    except (ValueError, KeyError, TypeError) as error:
+        die(f"{file} does not name an instruction: {error!r}")
+    if trained != instruction:
+        die(f"{path} was trained with the instruction {trained!r}, not with {instruction!r}: "
+            "give the former as --instruction, or as [run] instruction of the recipe")
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -659,9 +683,9 @@ def clip_gradient(module, largest: float) -> float:
 
 
 def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int = 2,
-                    dist: Dist = Dist(), **state):
-    """OUT/`name`: a Hugging Face directory, with `state.pt` (weights-only loadable) if an optimizer
-    is given.
+                    dist: Dist = Dist(), instruction: str = INSTRUCTION, **state):
+    """OUT/`name`: a Hugging Face directory, with the instruction of its prompts, and `state.pt`
+    (weights-only loadable) if an optimizer is given.
 
     Written beside and renamed, by rank 0; all ranks must call. A checkpoint that is there already
     stays as it is. Of the step-* directories the newest `keep` stay.
@@ -676,6 +700,8 @@ def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int 
         temporary = Path(out) / f".{name}.tmp"
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        text = json.dumps({"instruction": instruction}, ensure_ascii=False)
+        (temporary / INSTRUCTION_FILE).write_text(text + "\n", encoding="utf-8")
         if optimizer:
             torch.save({"optimizer": moments, **state}, temporary / "state.pt")
         os.replace(temporary, Path(out) / name)

@@ -25,7 +25,7 @@ RUN = {
     "rlvr_source": "", "benchmarks": {}, "cards": 0, "data_per_seed": False, "arms": [],
     "rlvr_arms": [], "study_arms": [], "study_rlvr_arms": [], "n_seeds": 1, "first_seed": 0,
     "rlvr_seeds": 1000, "side_by_side": 1, "rlvr_limits": "equal", "published_rlvr_limits": {},
-    "rlvr_drop_overlap": True,
+    "rlvr_drop_overlap": True, "instruction": "",
 }
 SECTIONS = ("run", "prepare-base", "problems", "teacher", "sample", "verify", "score", "select",
             "train", "rlvr", "eval", "plan", "report")
@@ -99,6 +99,8 @@ def check_value(key, value):
         die(f"[run]: {key} = {value} is out of range")
     if key in ("n_seeds", "side_by_side") and value < 1:
         die(f"[run]: {key} must be at least 1")
+    if key == "instruction":                     # the stages read it from the recipe, not bash
+        return
     texts = [value] if isinstance(value, str) else []
     if isinstance(value, (list, dict)):
         texts += value
