@@ -267,7 +267,7 @@ RULES = [
     # A list of statements: (1)(3)(4).
     (r"^ *(?:\( *[0-9] *\) *){2,}$", statements),
     # Roman numerals are names: I and II, (ii).
-    (r"^ *\( *(i{2,3}|iv|vi{0,3}) *\) *$", r"\\text{\1}"),
+    (r"^ *(?:\\text *\{ *)?\( *(i{2,3}|iv|vi{0,3}) *\) *\}? *$", r"\\text{\1}"),
     (ITEM + r"([IVX]{2,4})" + ITEM_END, r"\\text{\1}"),
     # Plain words are text, and a list of words is a list: Alice, Bob.
     (ITEM + r"([A-Z][a-z]{2}|[A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?)" + ITEM_END,
