@@ -99,6 +99,12 @@ def extract(response):
 
 
 # ------------------------------------------------------------------------------------------ 2. read
+# What cannot be judged, and the status of an answer that is so.
+FAILURES = {
+    Unreadable: "unparsed",
+    Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
+    TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big",
+}
 Reading = collections.namedtuple("Reading", "trees functions doubtful")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}"
@@ -157,11 +163,6 @@ def read(text, functions=frozenset(), factors=frozenset()):
     return Reading(trees, frozenset(found), frozenset(found - sure))
 
 
-FAILURES = {
-    Unreadable: "unparsed",
-    Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
-    TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big",
-}
 Gold = collections.namedtuple("Gold", "text trees functions letters doubtful partial too_big")
 
 
