@@ -409,8 +409,9 @@ def same_time(p, g):
 
 @functools.lru_cache(4096)
 def spelled(text):
-    """The tokens of a text, without braces around one of them."""
-    return re.sub(r"\{ (\S+) \}", r"\1", " ".join(TOKEN.findall(text)))
+    """The tokens of a text, without braces around a single sign: x_{1} is x_1, but \\frac{1}{23} not
+    \\frac 1 23."""
+    return re.sub(r"\{ (\S|\\[a-zA-Z]+) \}", r"\1", " ".join(TOKEN.findall(text)))
 
 
 def judge_text(p, g):
