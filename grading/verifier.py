@@ -173,6 +173,8 @@ def understand(text):
     clock = CLOCK.fullmatch(text)
     if clock and clock[4]:
         text = text[:clock.start(4)].partition("\\")[0]  # 7:55 p.m.; same_time() knows the rest
+    if choice(text) and not CHOICE.fullmatch(text):
+        text = CHOICE_AND_TEXT.fullmatch(text)["text"]  # (E) 5 is 5, too
     text = split_unit(split_qualifier(text)[0])[0]
     reading = read(text)
     trees, too_big, failure = [], False, None
@@ -380,7 +382,10 @@ OTHER_CHOICE = re.compile(r"\(? *\b[A-J] *[).]|\\l?or\b|\\land\b|,|\b(?:or|and|n
 
 
 def choice(text):
-    """The letter of '(C) 12' or 'C. \\frac34', if one option is named and no other."""
+    """The letter of '(C)', '(C) 12' or 'C. \\frac34', if one option is named and no other."""
+    alone = CHOICE.fullmatch(text)
+    if alone:
+        return alone[1]
     found = CHOICE_AND_TEXT.fullmatch(text)
     if not found or OTHER_CHOICE.search(found["text"]):
         return None
@@ -420,11 +425,8 @@ def judge_text(p, g):
         return True
     if p and (is_wordy(p) or is_wordy(g)) and fold(p) == fold(g):
         return True
-    wanted = CHOICE.fullmatch(g)
-    if (wanted or choice(g)) and CHOICE.fullmatch(p):
-        return CHOICE.fullmatch(p)[1] == (wanted[1] if wanted else choice(g))
-    if wanted and choice(p):
-        return choice(p) == wanted[1]
+    if choice(p) and choice(g):
+        return choice(p) == choice(g)
     return same_time(p, g)
 
 
