@@ -377,7 +377,8 @@ def differ_from_start(first, second):
 
 CHOICE = re.compile(r"\(? *([A-J]) *\)?")
 CHOICE_AND_TEXT = re.compile(
-    r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])(?P<text>.*)", re.S)
+    r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])"
+    r"(?P<text>.*)", re.S)
 OTHER_CHOICE = re.compile(r"\(? *\b[A-J] *[).]|\\l?or\b|\\land\b|,|\b(?:or|and|not|nor|but)\b")
 
 
@@ -414,8 +415,8 @@ def same_time(p, g):
 
 @functools.lru_cache(4096)
 def spelled(text):
-    """The tokens of a text, without braces around a single sign: x_{1} is x_1, but \\frac{1}{23} not
-    \\frac 1 23."""
+    """The tokens of a text, without braces around a single sign: x_{1} is x_1, but \\frac{1}{23} is
+    not \\frac 1 23."""
     return re.sub(r"\{ (\S|\\[a-zA-Z]+) \}", r"\1", " ".join(TOKEN.findall(text)))
 
 
