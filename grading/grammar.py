@@ -353,7 +353,7 @@ class Parser:
         return tree
 
     def set_or_builder(self):
-        """What stands in braces: a list, or what a set builder says: {x | x < 0}, {(a,b): a < b}."""
+        """What stands in braces: a list, or a set builder: {x | x < 0}, {(a,b): a < b}."""
         back = self.at
         outer, self.bars = self.bars, 1
         head = self.expression(INFIX[":"])
