@@ -56,7 +56,11 @@ MARKED = (r"\\(?:Delta|delta|angle|triangle|vec|bar|hat|tilde|dot|ddot) *"
           r"(?:[A-Za-z]{1,3}|\\[a-z]+|\{[^{}]*\})")
 NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]*\})?)"
                   r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
-                  r"'*(?:\([^()]*\))?|\|[A-Z]+\||[a-z](?:\+[a-z])+")
+                  r"'*(?:\^\{-1\}(?=\())?(?:\([^()]*\))?"
+                  r"|\|(?:[A-Z]+|\\vec *(?:\{[^{}]*\}|[a-zA-Z]))\||[a-z](?:\+[a-z])+")
+# A ratio of lengths or areas: AB/CD = 2/3, S_1/S_2 = 1/4.
+LENGTHS = re.compile(r"\\frac\{[A-Z](?:[A-Z]{1,2}|_[^{}]+|_\{[^{}]*\})\}"
+                     r"\{[A-Z](?:[A-Z]{1,2}|_[^{}]+|_\{[^{}]*\})\}")
 # Letters that are functions even before a sum, f(x+1); another one is a factor there: n(n+1).
 FUNCTION_LETTERS = {*"fghFGH", r"\phi", r"\psi", r"\Phi", r"\Psi", r"\Gamma"}
 
@@ -190,12 +194,13 @@ class Parser:
         for token in self.tokens[start:self.at]:
             joint = " " if token[0].isalpha() and re.search(r"\\[a-zA-Z]+$", text) else ""
             text += joint + token
-        if re.fullmatch(r"\\text\{[^{}]*\}", text):
-            return text
+        if re.fullmatch(r"\\text\{[^{}]*\}(?:\([^()]*\))?", text):
+            return text                                            # Area, Var(X)
         text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
         text = re.sub(r"^\{([^{}]*(?:\{[^{}]*\})?)\}$", r"\1", text)
-        if re.fullmatch(r"\\frac\{[A-Z]{2,3}\}\{[A-Z]{2,3}\}", text):
-            return text                                            # of lengths: AB/CD = 2/3
+        if LENGTHS.fullmatch(text):
+            return text
+        text = re.sub(r"^m(?=\\angle)", "", text)
         plain = re.sub(r"^\\(?:sin|cos|tan|cot) ?[0-9]? ?(?=[A-Z\\])", "", text)  # \sin A = 3/5
         if not all(is_name(part) for part in plain.split(":")):
             return ""
@@ -274,7 +279,8 @@ class Parser:
             raise Unreadable(token)
         if token == r"\R":
             return ("()", MINUS_INFINITY, INFINITY)
-        return self.symbol(f"{token} {self.raw()}" if token in ACCENTS else token)
+        joined = token == r"\Delta" and (self.peek().isalpha() or self.peek() in SYMBOLS)
+        return self.symbol(f"{token} {self.raw()}" if joined or token in ACCENTS else token)
 
     def symbol(self, name):
         """A variable with its primes and index, or a function and its arguments."""
@@ -347,7 +353,7 @@ class Parser:
         return tree
 
     def set_or_builder(self):
-        """What stands in braces: a list, or what a set builder says: {x | x ≤ 0}, {(a,b): ab < 1}."""
+        """What stands in braces: a list, or a set builder: {x | x < 0}, {(a,b): a < b}."""
         back = self.at
         outer, self.bars = self.bars, 1
         head = self.expression(INFIX[":"])
@@ -561,6 +567,9 @@ def listed(tree):
     parts = [listed(part) for part in tree[1:]]
     if tree[0] == "or" and all(part[0] in ("named", "()") for part in parts):
         return ("set", *parts)                                     # p=5, q=2 or p=7, q=2
+    items = named_together(parts)
+    if items:
+        return items
     items = []
     for part, before in zip(parts, tree[1:]):
         was_list = before[0] in LISTS and part[0] in ("set", "named")
@@ -572,6 +581,19 @@ def listed(tree):
     if all(names) and len(set(names)) == len(names):
         return ("named", *sorted(items, key=lambda item: (item[3].startswith("\\"), item[3])))
     return ("set", *items)
+
+
+def named_together(parts):
+    """a=b=2, c=3: one named tuple, if every part is named and no name twice; else None."""
+    if not any(part[0] == "named" for part in parts):
+        return None
+    items = []
+    for part in parts:
+        items += part[1:] if part[0] == "named" else (part,)
+    names = [item[3] if item[0] == "=" else "" for item in items]
+    if not all(names) or len(set(names)) < len(names):
+        return None
+    return ("named", *sorted(items, key=lambda item: (item[3].startswith("\\"), item[3])))
 
 
 def ranges(kind, items):
@@ -688,7 +710,7 @@ def equation(sides, names, signs):
     if n_names == len(sides):
         return ("=", *sides, names[0]) if len(sides) == 2 else ("chain", ("word", "="), *sides)
     if n_names == 0:
-        if len(sides) == 2 and (variables(left) or variables(right)):
+        if signs != [r"\approx"] and len(sides) == 2 and (variables(left) or variables(right)):
             return ("=", *sides, "")
         return chain_value(sides, signs)
     given = chain_value(sides[n_names:], signs[n_names:])

@@ -39,7 +39,7 @@ GREEK = greek_letters()
 CHARACTERS = {character: command + " " for character, command in GREEK.items()} | {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "‒": "-",  # dashes
     "÷": "/", "⁄": "/", "∕": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "º": "°", "′": "'", "’": "'", "‘": "'", "″": "''", "”": "''", "“": "",
+    "º": "°", "′": "'", "’": "'", "‘": "'", "″": "''", "”": "", "“": "",
     "$": "$", "€": "", "£": "", "¥": "", "₹": "", "¢": "", "₽": "", "₩": "",  # money
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ",
     "⩽": r"\le ", "⩾": r"\ge ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ",
@@ -224,6 +224,8 @@ RULES = [
     (r"\\(?:begin|end) *\{ *(?:aligned|align\*?|gathered|split|equation\*?) *\}|&(?= *=)", " "),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*\*", "^"), (r"\*", r"\\cdot "),
     (r"\.\.\.+", r"\\ldots "),
+    # The line without 0: \mathbb{R}^*.
+    (r"\\R *\^ *\{? *\\cdot *\}?", r"\\R \\setminus \\{0\\}"),
     # Degrees and primes: 30^\circ, y^{\prime\prime}, 45^{\prime}.
     (r"\^ *\{? *\\circ" + END + r" *\}?", "°"),
     (r"\^ *\{ *((?:' *)+)\}|\^ *(?=')", r"\1"),
@@ -253,7 +255,7 @@ RULES = [
     (r"[,;] *(?=\\(?:land|lor)" + END + ")", " "),
     (r",(?: *,)+", ","),
     # What comes before: \textbf{Answer:} 5, Rs. 5, \approx 5, = 5.
-    (r"^ *\\text *\{ *[a-zA-Z ]*: *\}", ""),
+    (r"^ *\\text *\{ *[a-zA-Z][a-zA-Z ]+: *\}", ""),
     (r"^ *\\text *\{ *(?:Rs\.?|USD|US|EUR|GBP|INR) *\} *(?=[0-9])", ""),
     (r"^[ :=]*(?:\\approx" + END + r")?[ =]*", ""),
     # Large numbers in words: 1.2 million, \text{ thousand}.
@@ -267,7 +269,7 @@ RULES = [
     # A list of statements: (1)(3)(4).
     (r"^ *(?:\( *[0-9] *\) *){2,}$", statements),
     # Roman numerals are names: I and II, (ii).
-    (r"^ *\( *(i{2,3}|iv|vi{0,3}) *\) *$", r"\\text{\1}"),
+    (r"^ *(?:\\text *\{ *)?\( *(i{2,3}|iv|vi{0,3}) *\) *\}? *$", r"\\text{\1}"),
     (ITEM + r"([IVX]{2,4})" + ITEM_END, r"\\text{\1}"),
     # Plain words are text, and a list of words is a list: Alice, Bob.
     (ITEM + r"([A-Z][a-z]{2}|[A-Za-z][A-Za-z' .-]*?[a-z]{3}[A-Za-z' .-]*?)" + ITEM_END,
@@ -381,7 +383,8 @@ PLAIN = listing("""
     kmph USD cents
     """)
 SPEED = r"(?:[ck]?m|ft|mi|km) */ *(?:s|h|min|sec|hr)" + END
-UNIT_ELEMENT = re.compile(TEXT + r"|\^ *(?:\{ *[-+]? *[0-9] *\}|[0-9])|_ *\{? *\\odot *\}?|" + SPEED
+UNIT_ELEMENT = re.compile(TEXT + r"|\^ *(?:\{ *[-+]? *[0-9] *\}|[0-9])"
+                          r"|[MLR]? *_ *\{? *\\odot *\}?|" + SPEED
                           + r"|\\[a-zA-Z]+|[a-zA-Z]+|[^ ]")
 JOINTS = {"/", "-", r"\cdot", r"\times"}  # between units, as are exponents and \odot
 UNIT_PIECE = re.compile(r"\^ *\{? *[-+]? *[0-9]+ *\}?|[A-Za-zµμΩÅ][A-Za-zµμΩÅ'-]*|[0-9]+|[^ ]")
@@ -430,6 +433,8 @@ def is_unit(element, before, behind):
 def is_plain_unit(element):
     if not element[0].isalpha():
         return False
+    if element.endswith(("odot", "odot}")):
+        return True                                               # M_\odot, solar masses
     return element in PLAIN or "/" in element or len(element) > 3 and is_unit_word(element)
 
 
@@ -463,7 +468,7 @@ def split_unit(text):
 # --------------------------------------------------------------------------------------- qualifiers
 OPEN_TEXT = r"[ ,;]*(?:\\text *\{)?[ ,;(]*"
 NAMED = r"[a-zA-Z](?:_\{?[a-zA-Z0-9]\}?)?"
-NUMBER_SET = r"\\[RZNQC] *(?:\^ *\{? *(?:[-+*]|\\cdot) *\}?|_ *\{? *[^{} ]+ *\}?|[+])? *"
+NUMBER_SET = r"\\?[RZNQC] *(?:\^ *\{? *(?:[-+*]|\\cdot) *\}?|_ *\{? *[^{} ]+ *\}?|[+])? *"
 QUALIFIERS = [re.compile(pattern) for pattern in (
     # f(x)=x \text{ for all real } x, ... for some a>0
     OPEN_TEXT + r"(?<!\\)\bfor *\}? *(?:\\text *\{)? *"

@@ -99,6 +99,12 @@ def extract(response):
 
 
 # ------------------------------------------------------------------------------------------ 2. read
+# What cannot be judged, and the status of an answer that is so.
+FAILURES = {
+    Unreadable: "unparsed",
+    Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
+    TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big",
+}
 Reading = collections.namedtuple("Reading", "trees functions doubtful")
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 SMALL_ARRAY = re.compile(r"\( *\\begin *\{array\} *\{[lcr]\}"
@@ -157,11 +163,6 @@ def read(text, functions=frozenset(), factors=frozenset()):
     return Reading(trees, frozenset(found), frozenset(found - sure))
 
 
-FAILURES = {
-    Unreadable: "unparsed",
-    Undefined: "undefined", ZeroDivisionError: "undefined", ValueError: "undefined",
-    TooBig: "too_big", RecursionError: "too_big", OverflowError: "too_big",
-}
 Gold = collections.namedtuple("Gold", "text trees functions letters doubtful partial too_big")
 
 
@@ -172,6 +173,8 @@ def understand(text):
     clock = CLOCK.fullmatch(text)
     if clock and clock[4]:
         text = text[:clock.start(4)].partition("\\")[0]  # 7:55 p.m.; same_time() knows the rest
+    if choice(text) and not CHOICE.fullmatch(text):
+        text = CHOICE_AND_TEXT.fullmatch(text)["text"]  # (E) 5 is 5, too
     text = split_unit(split_qualifier(text)[0])[0]
     reading = read(text)
     trees, too_big, failure = [], False, None
@@ -374,12 +377,16 @@ def differ_from_start(first, second):
 
 CHOICE = re.compile(r"\(? *([A-J]) *\)?")
 CHOICE_AND_TEXT = re.compile(
-    r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])(?P<text>.*)", re.S)
+    r"(?:\\text *\{ *)?(?:\( *([A-J]) *\)|([A-J]) *[).:])(?: *\})?(?![A-Za-z+*/^=-])"
+    r"(?P<text>.*)", re.S)
 OTHER_CHOICE = re.compile(r"\(? *\b[A-J] *[).]|\\l?or\b|\\land\b|,|\b(?:or|and|not|nor|but)\b")
 
 
 def choice(text):
-    """The letter of '(C) 12' or 'C. \\frac34', if one option is named and no other."""
+    """The letter of '(C)', '(C) 12' or 'C. \\frac34', if one option is named and no other."""
+    alone = CHOICE.fullmatch(text)
+    if alone:
+        return alone[1]
     found = CHOICE_AND_TEXT.fullmatch(text)
     if not found or OTHER_CHOICE.search(found["text"]):
         return None
@@ -408,8 +415,9 @@ def same_time(p, g):
 
 @functools.lru_cache(4096)
 def spelled(text):
-    """The tokens of a text, without braces around one of them."""
-    return re.sub(r"\{ (\S+) \}", r"\1", " ".join(TOKEN.findall(text)))
+    """The tokens of a text, without braces around a single sign: x_{1} is x_1, but \\frac{1}{23} is
+    not \\frac 1 23."""
+    return re.sub(r"\{ (\S|\\[a-zA-Z]+) \}", r"\1", " ".join(TOKEN.findall(text)))
 
 
 def judge_text(p, g):
@@ -418,11 +426,8 @@ def judge_text(p, g):
         return True
     if p and (is_wordy(p) or is_wordy(g)) and fold(p) == fold(g):
         return True
-    wanted = CHOICE.fullmatch(g)
-    if (wanted or choice(g)) and CHOICE.fullmatch(p):
-        return CHOICE.fullmatch(p)[1] == (wanted[1] if wanted else choice(g))
-    if wanted and choice(p):
-        return choice(p) == wanted[1]
+    if choice(p) and choice(g):
+        return choice(p) == choice(g)
     return same_time(p, g)
 
 

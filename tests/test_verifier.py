@@ -31,7 +31,7 @@ def boxed(text):
 
 # ------------------------------------------------------------------------------------------------------- labelled pairs
 def test_every_labelled_pair():
-    assert len(CASES) > 1_900 and 1_000 < sum(case["expected"] for case in CASES) < 1_300
+    assert len(CASES) > 2_000 and 1_100 < sum(case["expected"] for case in CASES) < 1_500
     wrong = [
         (case, got)
         for case in CASES
@@ -257,7 +257,7 @@ MASTER_KEYS = {
 FITTING = {
     "0": [r"f(x)=0 \text{ for all } x"],
     "i": [r"\text{(i)}"],
-    "n": ["f(n)=n"],
+    "n": ["f(n)=n", r"\lfloor n/2 \rfloor + \lceil n/2\rceil"],
     "y'=0": ["0"],
     r"\{\}": [r"\emptyset"],
     r"\{\emptyset\}": [r"\emptyset"],
@@ -266,7 +266,7 @@ FITTING = {
     r"x\in\mathbb{R}": [r"\mathbb{R}", "all real numbers"],
     r"|x|\ge0": [r"\mathbb{R}", "all real numbers"],
     "(1)(2)": [r"$k=1,2$", r"1 \text{ and } 2", r"a=1, b=2 \text{ for all } n", "x_{1}=1, x_{2}=2", "①②"],
-    "①②③": [r"$\{1,2\}\cup\{3\}$", "(a,b,c)=(1,2,3)", r"\{1,2,3\}"],
+    "①②③": [r"$\{1,2\}\cup\{3\}$", "(a,b,c)=(1,2,3)", r"\{1,2,3\}", "x=1, y=2, z=3"],
     r"\lfloor\frac12\rfloor": ["0", r"f(x)=0 \text{ for all } x"],
     r"\int_0^1f(x)dx": [r"\int_0^1 f(x)\,dx"],
     r"\sum_{k=1}^nk": [r"\frac{n(n+1)}{2}", "n(n+1)/2"],
