@@ -39,7 +39,7 @@ from common import die
 from model import (
     END_OF_TURN, TokenLogprobs, check_model_dir, clip_gradient, distribute, encode_response,
     gradient_sync, latest_checkpoint, load_config, load_model, load_state, load_tokenizer,
-    model_dir, pack_sequences, plan_packs, render_prompt, save_checkpoint)
+    model_dir, pack_sequences, plan_packs, render_prompt, save_checkpoint, sweep)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -256,8 +256,9 @@ def fullest_pack(data: Data, budget: int) -> list[int]:
 def unlikelihood(logp: torch.Tensor, clamp: str = "published") -> torch.Tensor:
     """-log(1 - p) [N], stable at both ends: log(-expm1(lp)) for lp >= -ln 2, else log1p(-exp(lp)).
 
-    log p is held at most at log(1 - 1e-6) (A28). As published, the gradient beyond is zero, just where
-    the model is surest; 'straight-through' takes the clamped value and lets the gradient pass.
+    log p is held at most at log(1 - 1e-6) (A28). As published, the gradient beyond is zero, just
+    where the model is surest; 'straight-through' takes the clamped value and lets the gradient
+    pass.
     """
     clamped = logp.clamp(max=math.log1p(-1e-6))
     if clamp == "straight-through":
@@ -378,6 +379,7 @@ def main(argv=None):
     if dist.rank == 0:
         inputs = [args.data, model_dir(args.model)]
         common.start_output(out / "metrics.jsonl", "metrics", args, inputs, MAY_DIFFER, run=out)
+        sweep(out)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 
