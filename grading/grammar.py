@@ -58,6 +58,8 @@ NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]
                   r"(?:_(?:\{[^{}]*\}|\\?[a-zA-Z0-9]+))?"
                   r"'*(?:\^\{-1\}(?=\())?(?:\([^()]*\))?"
                   r"|\|(?:[A-Z]+|\\vec *(?:\{[^{}]*\}|[a-zA-Z]))\||[a-z](?:\+[a-z])+")
+# The fraction of a mixed number: \frac{4}{5}, \frac45.
+MIXED = re.compile(r"\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9])(?![0-9]))")
 # A ratio of lengths or areas: AB/CD = 2/3, S_1/S_2 = 1/4.
 LENGTHS = re.compile(r"\\frac\{[A-Z](?:[A-Z]{1,2}|_[^{}]+|_\{[^{}]*\})\}"
                      r"\{[A-Z](?:[A-Z]{1,2}|_[^{}]+|_\{[^{}]*\})\}")
@@ -354,17 +356,30 @@ class Parser:
 
     def set_or_builder(self):
         """What stands in braces: a list, or a set builder: {x | x < 0}, {(a,b): a < b}."""
-        back = self.at
-        outer, self.bars = self.bars, 1
-        head = self.expression(INFIX[":"])
+        if not self.starts_builder():
+            return self.expression()
+        outer = self.bars
+        self.bars = 1
+        self.expression(INFIX[":"])
         if self.found(r"\in"):
             self.expression(INFIX[":"])                            # {x ∈ R : …}
         self.bars = outer
-        if self.peek() in ("|", ":") and head[0] in ("sym", "()"):
-            self.take()
-            return condition(self.expression())
-        self.at = back
-        return self.expression()
+        self.take("|", ":")
+        return condition(self.expression())
+
+    def starts_builder(self):
+        """Is there a name or a tuple of names before a bar or a colon? Looked up, not tried out:
+        a parser that goes back at every brace takes 2^n steps for n of them."""
+        for place in range(self.at, min(self.at + 20, len(self.tokens))):
+            token = self.tokens[place]
+            if token in ("|", ":"):
+                return place > self.at
+            letter = len(token) == 1 and token.isalpha() or token in SYMBOLS
+            if place == self.at and not letter and token != "(":
+                return False
+            if not letter and not token.isdigit() and token not in "(),_'{}" and token != r"\in":
+                return False
+        return False
 
     def number(self, token):
         limit("bits", 4 * abs(int(re.split("[eE]", token + "e0")[1])))
@@ -372,12 +387,11 @@ class Parser:
         barred = self.peek() in (r"\bar", r"\dot")
         if "." in token and (barred or self.peek() == "(" and self.peek(2) == ")"):
             return ("num", number + self.period(token))
-        if self.peek() == r"\frac" and token.isdigit() and self.peek(-2) != "^":
-            back = self.at
-            part = self.command(self.take())
-            if part[0] == "/" and part[1][0] == part[2][0] == "num" and part[1][1] < part[2][1]:
-                return ("num", number + part[1][1] / part[2][1])  # 1\frac{4}{5}
-            self.at = back
+        if token.isdigit() and self.peek(-2) != "^":
+            part = MIXED.match("".join(self.tokens[self.at:self.at + 7]))  # 1\frac{4}{5}
+            if part and int(part[1] or part[2]) < int(part[3] or part[4]):
+                whole = self.command(self.take())
+                return ("num", number + whole[1][1] / whole[2][1])
         return ("num", number)
 
     def period(self, token):
