@@ -92,7 +92,7 @@ SOURCES = {
     "gsm8k": Source("question", "answer", "answer", solution_mark="####", config="main",
                     hub=("openai/gsm8k",)),
     # RLVR prompts. The authors' file is a finished training set of 9,998 rows: all are kept,
-    # although 181 repeat a problem.
+    # although 181 repeat a problem (A5).
     "oxa_rl": Source("prompt", "reward_model.ground_truth", unused=(*VERL, "prompt_token_len"),
                      keeps_duplicates=True),
     "verl": Source("prompt", "reward_model.ground_truth", unused=VERL),
@@ -497,11 +497,11 @@ def read_source(args):
 
 
 class Overlap:
-    """Which benchmark problem shares an n-gram of words with a text, if any.
+    """Which benchmark problem shares an n-gram of words with a text, if any (A2).
 
     An n-gram that stands in `boilerplate` benchmark problems or more ("where m and n are relatively
-    prime positive integers, find m + n") identifies none of them and is no evidence. A benchmark
-    problem shorter than n words is only met by a text with exactly its words.
+    prime positive integers, find m + n") identifies none of them and is no evidence (A3). A
+    benchmark problem shorter than n words is only met by a text with exactly its words.
     """
 
     def __init__(self, paths, n, boilerplate):
@@ -677,7 +677,7 @@ def choose_subset(rows, n, seed):
 
 
 def restore_think(text):
-    """A response whose opening `<think>` was part of the prompt gets it back."""
+    """A response whose opening `<think>` was part of the prompt gets it back (A7)."""
     return text if text.lstrip().startswith("<think>") else "<think>\n" + text
 
 
@@ -695,7 +695,7 @@ def known_answers(args, source):
 
 
 def boxed_answer(responses):
-    """The boxed answer of the first response that has one, None if none has."""
+    """The boxed answer of the first response that has one (A1), None if none has."""
     from grading.verifier import verify  # mpmath takes a second to import: only where it is needed
     for response in responses:
         predicted = verify(response, "0").predicted

@@ -305,7 +305,8 @@ def report_verdicts(args, inputs, counts: Counter, n_unreadable: int):
 
 
 def score(args):
-    """verified -> scored: + nll_sum, n_scored, ppl, scorer, ppl_context.
+    """verified -> scored: + nll_sum, n_scored, ppl, scorer, ppl_context. The paper scores with the
+    base; here it is the prepared base (A9).
 
     Under torchrun each rank scores a share of every block, and rank 0 writes. A run that was
     stopped goes on at the block that its output does not hold whole. With blocks of 4:
@@ -422,7 +423,7 @@ def one_ahead(items):
 
 def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray, int]]:
     """Rows -> (ids [L], start): tokens start..L-1 are scored. In the response's text alone the
-    first cannot be."""
+    first cannot be; --ppl-context prompt scores it too (A13)."""
     if not rows:
         return []
     sequences = []
@@ -487,7 +488,8 @@ def gathered(mine, work: Work, dist) -> tuple[list, list]:
 
 
 def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
-    """nll_sum: of -log p (nats) over the n_scored tokens. Without any there is no perplexity."""
+    """nll_sum: of -log p (nats) over the n_scored tokens. Without any there is no perplexity
+    (A12)."""
     if not math.isfinite(nll_sum):
         die(f"{row['sid']}: its log-probabilities are not finite; is {args.model} a whole model?")
     return {
@@ -535,7 +537,7 @@ class Columns:
     correct: np.ndarray    # [R] 1, 0, or -1: could not be judged
     truncated: np.ndarray  # [R] 1: cut at the length limit
     ppl: np.ndarray        # [R] nan: could not be scored
-    n_tokens: np.ndarray   # [R]
+    n_tokens: np.ndarray   # [R] its length, in the tokens that were drawn or are trained on (A10)
     tie: np.ndarray        # [R] a random number that depends on (seed, sid), not on the rows' order
 
     def census(self) -> dict:
@@ -578,7 +580,7 @@ def read_columns(path, seed: int) -> Columns:
 
 
 def random_number(seed: int, sid: str) -> int:
-    """64 bits by which ties are broken and random picks are made."""
+    """64 bits by which ties are broken and random picks are made (A18)."""
     digest = hashlib.blake2b(f"{seed}\x1f{sid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -587,7 +589,7 @@ def random_number(seed: int, sid: str) -> int:
 
 
 def bin_edges(low: float, high: float, width: float) -> np.ndarray:
-    """[n_bins + 1] edges, exact to ten decimals: 1.15 lies in [1.15, 1.20), as it reads."""
+    """[n_bins + 1] edges, exact to ten decimals: 1.15 lies in [1.15, 1.20), as it reads (A14)."""
     n_bins = round((high - low) / width)
     remainder = (high - low) - n_bins * width
     if not 1 <= n_bins <= 100_000 or abs(remainder) > 1e-9:
@@ -611,7 +613,7 @@ def perplexity_edges(ppl: np.ndarray, args) -> np.ndarray:
 
 def bin_of(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """[R] -> bin of each value, -1 outside. Bins are closed below and open above; the last is
-    closed on both sides."""
+    closed on both sides (A14)."""
     n_bins = len(edges) - 1
     index = np.searchsorted(edges, values, side="right") - 1
     is_last = values == edges[-1]
@@ -636,7 +638,7 @@ def gaussian_targets(edges: np.ndarray, mu: float, sigma: float, n: int) -> np.n
 
     target = np.floor(np.round(share, 9)).astype(int)
     # Bins at equal distance from mu have equal shares: rounded, the last bit does not rank them,
-    # and the lower one goes first.
+    # and the lower one goes first (A15).
     fraction = np.round(share - target, 9)
     by_fraction = np.argsort(-fraction, kind="stable")
     n_left = n - target.sum()
@@ -657,7 +659,7 @@ def fill(order, bins, target, query, rounds) -> np.ndarray:
         round 1 picks   a     c           b, d and e: their query has one; bin 0 is full
         round 2 picks            d        b: no room in its bin; d fills bin 1
 
-    A row is picked once; what a bin lacks in the end stays lacking.
+    A row is picked once, whatever the cap (A17); what a bin lacks in the end stays lacking.
     """
     left = target.tolist()
     taken = [0] * (int(query.max()) + 1)
@@ -703,7 +705,8 @@ def bin_table(edges, target, candidates, picked) -> list[dict]:
 
 
 def select_ce(columns: Columns, args) -> tuple[np.ndarray, dict]:
-    """The arm's cross-entropy rows: (picked rows, details for the sidecar)."""
+    """The arm's cross-entropy rows: (picked rows, details for the sidecar). Only the Gaussian has a
+    range of perplexities (A19)."""
     pool = ce_candidates(columns)
 
     if args.arm == "sft":
@@ -732,13 +735,15 @@ def ce_candidates(columns: Columns) -> np.ndarray:
 
 
 def uniform_sample(columns: Columns, pool, args) -> np.ndarray:
-    """Arm `sft`: every candidate is as likely as the next, at most `cap` of a query."""
+    """Arm `sft`: every candidate is as likely as the next, at most `cap` of a query
+    (A20)."""
     at_random = np.argsort(columns.tie[pool], kind="stable")
     return fill_one_bin(columns, pool[at_random], args.n_ce, rounds=range(1, args.cap + 1))
 
 
 def lowest(columns: Columns, pool, value, n: int, cap: int) -> np.ndarray:
-    """Per query the `cap` rows of lowest `value` [R], of those the n lowest; ties at random."""
+    """Per query the `cap` rows of lowest `value` [R], of those the n lowest (A22); ties at
+    random."""
     by_value = np.lexsort((columns.tie[pool], value[pool]))
     return fill_one_bin(columns, pool[by_value], n, rounds=(cap,))
 
@@ -760,7 +765,7 @@ def gaussian_guided_sampling(columns: Columns, pool, args) -> tuple[np.ndarray, 
     edges = perplexity_edges(columns.ppl[pool], args)
     bins = bin_of(columns.ppl, edges)
     pool = pool[bins[pool] >= 0]
-    mu, sigma = args.mu, args.sigma
+    mu, sigma = args.mu, args.sigma            # or a place in the measured perplexities (A16)
     if args.mu_quantile is not None and len(pool):
         mu = float(np.quantile(columns.ppl[pool], args.mu_quantile))
     if args.sigma_share is not None:
@@ -821,8 +826,8 @@ def with_flags(args, **flags):
 
 
 def length_matched_sample(columns: Columns, pool, like, args) -> tuple[np.ndarray, list[dict]]:
-    """Control `length_matched`: random responses with the lengths of `like`, rows that oxa_mle
-    picks: (picked rows, length bins).
+    """Control `length_matched` (A24): random responses with the lengths of `like`, rows that
+    oxa_mle picks: (picked rows, length bins).
 
     Lengths fall into bins of 5 %, and each takes as many at random as `like` has there. The bin
     with the least to choose from goes first, or the cap per query would have spent its candidates
@@ -849,7 +854,7 @@ def select_ul(columns: Columns, args) -> tuple[np.ndarray, dict]:
         "too_long": columns.n_tokens > args.max_tokens_ul,
         "below_floor": columns.ppl < args.min_ppl_ul,
     }
-    if args.truncated_ul == "drop":
+    if args.truncated_ul == "drop":            # no error that the model is sure of (A23)
         rules["truncated"] = columns.truncated == 1
 
     usable = (columns.correct == 0) & ~np.isnan(columns.ppl)

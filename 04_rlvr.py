@@ -673,6 +673,7 @@ def main(argv=None):
     model = load_model(checkpoint or args.model, device=dist.device, trainable=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    # log-probs at the sampling temperature: the distribution that acted (A32)
     policy = distribute(TokenLogprobs(model, args.temperature), dist, args.shard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)             # betas (0.9, 0.999) (A40)

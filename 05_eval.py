@@ -382,8 +382,8 @@ def blocks_of(sizes: list[int], budget: int) -> list[list[int]]:
 
 @torch.no_grad()
 def measure_entropy(bench, model, tokenizer, args, dist):
-    """Mean token entropy (nats, temperature 1) over the first --entropy-samples responses of each
-    problem, problems packed together; this rank's share."""
+    """Mean token entropy (nats, temperature 1; A47) over the first --entropy-samples responses of
+    each problem, problems packed together; this rank's share."""
     samples, settings = sampled_ids(bench), bench.settings()
     done = stored_entropy(bench)
     prompts = [render_prompt(tokenizer, row["problem"], args.instruction)
@@ -570,7 +570,7 @@ def problem_table(bench, rows, entropy: dict) -> list[dict]:
             "pid": pid,
             "n": len(mine),
             "n_correct": sum(row["correct"] is True for row in mine),
-            "n_unknown": sum(row["correct"] is None for row in mine),
+            "n_unknown": sum(row["correct"] is None for row in mine),      # not correct (A49)
             "n_truncated": sum(row["finish"] == "length" for row in mine),
             "n_no_answer": sum(row["predicted"] is None and row["correct"] is False
                                for row in mine),

@@ -1083,7 +1083,9 @@ def redraw(m: int, n_boot: int, *seed: int) -> np.ndarray:
 
 def bootstrap(benchmarks: list, same_problems: bool = True, n_boot: int = 2000,
               level: float = 0.95, seed: int = 0):
-    """Mean and interval over problems and seeds. `benchmarks`: for each benchmark a list over seeds
+    """Mean and interval over problems and seeds (A53).
+
+    `benchmarks`: for each benchmark a list over seeds
     of [P, K] values (scores, or paired differences of two arms) -> (mean, low, high), each [K];
     benchmarks weigh alike.
 

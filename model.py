@@ -31,7 +31,8 @@ from common import Dist, barrier, die
 
 # ------------------------------------------------------------------------------------------ tokens
 
-# One text in training, RLVR and evaluation (PAPER.md, "Prompt"); --instruction gives a run another.
+# One text in training, RLVR and evaluation (PAPER.md, "Prompt"); ours is shorter, and --instruction
+# gives a run another (A4).
 INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
                "then put your final answer within \\boxed{}.")
 END_OF_TURN = "<|im_end|>"

@@ -77,7 +77,8 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.S)
 
 
 def extract(response):
-    """What the last box after the last </think> holds: (predicted, None), or (None, status)."""
+    """What the last box after the last </think> holds (A36, A48): (predicted, None), or (None,
+    status)."""
     end = response.rfind("</think>")
     if end < 0:
         return None, "no_think_end"
@@ -521,7 +522,7 @@ def quick(predicted, golds):
 
 
 def verify(response, answer):
-    """Judge one response, in this process."""
+    """Judge one response, in this process: one judge for every stage (A8)."""
     predicted, status = extract(response)
     if status:
         return Verdict(False, status, None)

@@ -243,7 +243,7 @@ def in_common(run, arms, when) -> tuple[list, list]:
 
 def estimate(run, measure, arm, reference=None, when="before", benchmarks=None):
     """Mean over seeds, problems and benchmarks of a measure of `arm`, or of its paired difference
-    to `reference`.
+    to `reference`. Benchmarks weigh alike; those beside the average are left out (A51).
 
     -> {value, low, high ([K] each for a curve), seeds, benchmarks, n_problems}, or None if there
     is nothing to compare.
@@ -315,7 +315,7 @@ def judge_claims(run) -> dict:
 
 def entropy_at_rl_start(run, arm, reference):
     """{value, seeds}: the difference of the entropies that 04 logs at its first step (nats, mean
-    over tokens, RL prompts and temperature), or None if there was no RLVR."""
+    over tokens, RL prompts and temperature; A52), or None if there was no RLVR."""
     differences = []
     for seed in run.seeds:
         first = []
