@@ -334,7 +334,9 @@ def score(args):
     if writes:
         common.start_output(args.out, "scored", args, inputs)
         done, out = common.append_jsonl(args.out, "sid")
-    n_done = int(common.all_reduce_sum(torch.tensor(len(done), device=dist.device)))
+    # Only rank 0 holds the output; the others learn how far it is.
+    n_done = torch.tensor(len(done), device=dist.device)
+    n_done = int(common.all_reduce_sum(n_done))
     if done:
         print(f"{args.out}: going on after {n_done:,} rows", flush=True)
 
@@ -801,12 +803,13 @@ def gaussian_advice(columns: Columns, n_picked: int, mu: float, args) -> str:
     if low < high:
         settings.append((named, wider))
     for flags, values in settings:
-        quantile, n = best_mu_quantile(columns, pool, mu, with_flags(args, **values))
+        trial = with_flags(args, **values)
+        quantile, n = best_mu_quantile(columns, pool, mu, trial)
         if n > n_picked:
             text += f"; {flags}--mu-quantile {quantile} would pick {n:,} of {args.n_ce:,}"
+    # Whatever the Gaussian, a query gives at most --cap.
     n_queries = len(np.unique(columns.query[pool]))
-    most = f"{n_queries:,} queries x --cap {args.cap}"
-    return f"{text}; no setting picks more than {most}"
+    return f"{text}; no setting picks more than {n_queries:,} queries x --cap {args.cap}"
 
 
 def best_mu_quantile(columns: Columns, pool, mu: float, args) -> tuple[float, int]:
@@ -822,6 +825,7 @@ def best_mu_quantile(columns: Columns, pool, mu: float, args) -> tuple[float, in
 
 
 def with_flags(args, **flags):
+    """A copy of the arguments with some of them changed."""
     return argparse.Namespace(**(vars(args) | flags))
 
 
