@@ -41,7 +41,7 @@ from model import (
     END_OF_TURN, TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir,
     clip_gradient, distribute, encode_response, gradient_sync, latest_checkpoint, load_config,
     load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs, render_prompt,
-    save_checkpoint)
+    save_checkpoint, sweep)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -382,6 +382,7 @@ def main(argv=None):
     if dist.rank == 0:
         inputs = [args.data, model_dir(args.model)]
         common.start_output(out / "metrics.jsonl", "metrics", args, inputs, MAY_DIFFER, run=out)
+        sweep(out)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 

@@ -59,7 +59,7 @@ from model import (
     TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir, check_positions,
     clip_gradient, decode_response, distribute, gradient_sync, latest_checkpoint, load_config,
     load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs, render_prompt,
-    save_checkpoint, token_logprobs)
+    save_checkpoint, sweep, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
@@ -646,6 +646,7 @@ def main(argv=None):
     if dist.rank == 0:
         inputs = [args.problems, model_dir(args.model)]
         common.start_output(out / "rollouts.jsonl", "rollouts", args, inputs, MAY_DIFFER, run=out)
+        sweep(out)
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 

@@ -13,6 +13,7 @@ size, V vocabulary, D head dimension.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 
 from common import Dist, barrier, die
 
@@ -550,7 +552,6 @@ def check_model_dir(path, renders: bool = True):
 
 
 def check_weights(directory: Path, config, tokenizer):
-    from safetensors import SafetensorError, safe_open
     from transformers import AutoModelForCausalLM
     try:
         with torch.device("meta"):                           # shapes alone, no memory
@@ -698,12 +699,16 @@ def save_checkpoint(out, name: str, model, tokenizer, optimizer=None, keep: int 
     if dist.rank == 0 and not (Path(out) / name).exists():
         sweep(out)
         temporary = Path(out) / f".{name}.tmp"
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        text = json.dumps({"instruction": instruction}, ensure_ascii=False)
-        (temporary / INSTRUCTION_FILE).write_text(text + "\n", encoding="utf-8")
-        if optimizer:
-            torch.save({"optimizer": moments, **state}, temporary / "state.pt")
+        try:
+            model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            text = json.dumps({"instruction": instruction}, ensure_ascii=False)
+            (temporary / INSTRUCTION_FILE).write_text(text + "\n", encoding="utf-8")
+            if optimizer:
+                torch.save({"optimizer": moments, **state}, temporary / "state.pt")
+        except (SafetensorError, RuntimeError) as error:     # what these two make of a full disk
+            why = f"the checkpoint cannot be written ({first_line(error)})"
+            raise OSError(errno.EIO, why, str(temporary)) from None
         os.replace(temporary, Path(out) / name)
         for old in sorted(Path(out).glob("step-*"))[:-keep]:
             # renamed first, so that no half-deleted checkpoint has a good name

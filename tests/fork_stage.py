@@ -6,12 +6,13 @@ A JSON request a line on stdin, a JSON answer a line on stdout:
     ranks     so many processes, as torchrun starts them
     fault     kill    SIGKILL before file operation `n` of rank `rank`; `torn`: in the midst of a row
               full    that operation fails: no space left on device
+              limit   no file can grow over `bytes`: a disk that is full in the midst of a file
               signal  `number` to every rank after `seconds`
               none
 
     codes     exit code of each rank, negative for a signal
     n         file operations of rank 0, if it came to its end
-    hung      the ranks that were killed 15 s after another had ended, or after two minutes
+    hung      the ranks that were killed 15 s after another had ended, or after 20 minutes
     left      processes that were still there 10 s after the last rank
     said      stderr of each rank
     seconds   of wall clock
@@ -24,6 +25,7 @@ import errno
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -99,6 +101,8 @@ def be_rank(rank, port, request):
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["FAULT_RUN"] = str(folder)
     fault = request["fault"]
+    if fault["kind"] == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
     harm = Harm(folder, fault if fault.get("rank", 0) == rank and fault["kind"] in ("kill", "full") else {})
     script, *argv = request["argv"]
     common.run(lambda: STAGES[script.removesuffix(".py")].main(argv))
@@ -140,7 +144,7 @@ def watch_over(pids: dict, fault) -> tuple[dict, list]:
         if strike and time.time() > strike:
             send(pids.values(), fault["number"])
             strike, deadline = None, time.time() + 15
-        if (deadline and time.time() > deadline) or time.time() > start + 120:
+        if (deadline and time.time() > deadline) or time.time() > start + 1200:
             hung = sorted(pids)
             send(pids.values(), signal.SIGKILL)
             deadline = time.time() + 60

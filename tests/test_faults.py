@@ -256,6 +256,19 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(world, stages, whole, t
         check_end(stages, stage, folder, 1, expected)
 
 
+@pytest.mark.parametrize("stage", ["train", "rlvr"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(world, stages, whole, tmp_path, stage):
+    expected, _, _ = whole.of(stage, 1)
+    folder = copy_of(world, tmp_path / "w")
+    size = (folder / "model/model.safetensors").stat().st_size
+    for limit in (size // 2, size + 100_000):                # in the midst of the weights, and of state.pt
+        answer = stages(stage, folder, kind="limit", bytes=limit)
+        assert answer["codes"] == [1] and no_traceback(answer), answer
+        assert "the checkpoint cannot be written" in answer["said"][0]
+        assert not list((folder / "run").glob("step-*"))
+    check_end(stages, stage, folder, 1, expected)
+
+
 @pytest.mark.faults
 def test_random_kills(world, stages, whole, tmp_path):
     """FAULTS kills, half of them on two ranks where a stage has them; each file operation as likely."""
