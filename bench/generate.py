@@ -6,8 +6,8 @@
 64 responses side by side (8 word problems x 8 samples), temperature 0.6, top-p 0.95, 64 new tokens,
 one thread. The engines run in turn in each round, on the same requests. Seconds are CPU seconds of
 the process, so that other processes disturb little; the table gives medians over rounds, and ratios
-within the round. "vLLM" is vLLM as it comes, its linear layers packed for the CPU. "vLLM, synced" is
-as engines.py runs it, where they stay plain so that a trainer's weights can be written into them.
+within the round. "vLLM" is vLLM as it comes, its linear layers packed for the CPU; "vLLM, synced"
+is as engines.py runs it, where they stay plain so that a trainer's weights can be written there.
 Its prefix cache is emptied before each round, as ours keeps nothing either.
 """
 

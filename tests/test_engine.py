@@ -18,7 +18,7 @@ from conftest import ROOT, make_model
 from tqdm import tqdm
 
 import common
-from model import load_model, pack_sequences, render_prompt, stop_ids, token_logprobs
+from model import pack_sequences, render_prompt, stop_ids, token_logprobs
 import engines
 
 vllm_only = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
