@@ -661,7 +661,7 @@ def fill(order, bins, target, query, rounds) -> np.ndarray:
         round 1 picks   a     c           b, d and e: their query has one; bin 0 is full
         round 2 picks            d        b: no room in its bin; d fills bin 1
 
-    A row is picked once, whatever the cap (A17); what a bin lacks in the end stays lacking.
+    A row is picked once, whatever the cap (A17); a bin that runs short stays short.
     """
     left = target.tolist()
     taken = [0] * (int(query.max()) + 1)
@@ -761,13 +761,13 @@ def gaussian_guided_sampling(columns: Columns, pool, args) -> tuple[np.ndarray, 
     (docs/PAPER.md, "Gaussian-guided sampling").
 
     A normal density over perplexity, cut into bins, says how many responses each bin is to give;
-    a bin gives its longest first. In rounds, so that no query has a second response before every
-    query that can has one.
+    a bin gives its longest first. Filled in rounds: no query gets a second response until every
+    eligible query has one.
     """
     edges = perplexity_edges(columns.ppl[pool], args)
     bins = bin_of(columns.ppl, edges)
     pool = pool[bins[pool] >= 0]
-    mu, sigma = args.mu, args.sigma            # or a place in the measured perplexities (A16)
+    mu, sigma = args.mu, args.sigma            # or set by the measured perplexities (A16)
     if args.mu_quantile is not None and len(pool):
         mu = float(np.quantile(columns.ppl[pool], args.mu_quantile))
     if args.sigma_share is not None:

@@ -218,8 +218,8 @@ def batch_of_step(data: Data, step: int, args) -> np.ndarray:
 
 
 def token_weights(data: Data, batch, normalize: str) -> dict[int, float]:
-    """What one response token of each row counts in the step's loss (before ul_weight), from the
-    whole step's numbers.
+    """Loss weight of each response token of a row (before ul_weight), from the numbers of the whole
+    step.
 
     sequence   1 / (sequences of its set in the step x tokens of this one); PAPER.md, "Training"
     token      1 / tokens of its set in the step (A27)
@@ -244,7 +244,7 @@ def packs_of_step(data: Data, batch, args, dist) -> list[list[int]]:
 
 
 def fullest_pack(data: Data, budget: int) -> list[int]:
-    """Row numbers of the fullest pack that any step could have to bear."""
+    """Row numbers of the largest micro-batch that any step could produce."""
     rows, room = [], budget
     for i in np.argsort(-data.lengths, kind="stable")[:4096].tolist():
         if data.lengths[i] <= room:
@@ -259,9 +259,9 @@ def fullest_pack(data: Data, budget: int) -> list[int]:
 def unlikelihood(logp: torch.Tensor, clamp: str = "published") -> torch.Tensor:
     """-log(1 - p) [N], stable at both ends: log(-expm1(lp)) for lp >= -ln 2, else log1p(-exp(lp)).
 
-    log p is held at most at log(1 - 1e-6) (A28). As published, the gradient beyond is zero, just
-    where the model is surest; 'straight-through' takes the clamped value and lets the gradient
-    pass.
+    log p is held at most at log(1 - 1e-6) (A28). As published, the clamp zeroes the gradient
+    for larger p, exactly where the model is most confident; 'straight-through' takes the clamped
+    value and lets the gradient pass.
     """
     clamped = logp.clamp(max=math.log1p(-1e-6))
     if clamp == "straight-through":
@@ -275,8 +275,8 @@ def accumulate_gradient(policy, data: Data, packs, weights: dict, args, dist) ->
     """Leaves the gradient of the step's loss on every rank; returns its parts, summed over all
     ranks, by name.
 
-    `packs`: this rank's micro-batches, as many as every other rank's. An empty one runs the
-    shortest sequence at weight 0 instead: it adds exactly nothing, and no rank waits for an
+    `packs`: this rank's micro-batches, as many as every other rank's. An empty one runs a dummy
+    instead, the shortest sequence at weight 0: it adds exactly nothing, and no rank waits for an
     exchange that never comes.
     """
     sums = {}
@@ -300,7 +300,7 @@ def accumulate_gradient(policy, data: Data, packs, weights: dict, args, dist) ->
             # the wrappers average over ranks, the loss is a sum over all of them
             (loss * dist.world).backward()
 
-        in_ce, in_ul = ce_weight > 0, ul_weight > 0     # a stand-in's tokens are in neither
+        in_ce, in_ul = ce_weight > 0, ul_weight > 0     # a dummy sequence's tokens are in neither
         parts = {"ce_loss": ce_loss,
                  "ul_loss": ul_loss,
                  "entropy_ce": (entropy * in_ce).sum(),
@@ -314,13 +314,13 @@ def accumulate_gradient(policy, data: Data, packs, weights: dict, args, dist) ->
 
 def parameter_groups(model, args) -> list[dict]:
     """AdamW's groups: parameters with weight decay, and those without."""
-    decayed, spared = [], []
+    decayed, exempt = [], []
     for name, weight in model.named_parameters():
-        # The published scripts spare biases and the layers' norms, not the final norm (A29).
-        is_spared = name.endswith(".bias") or "layernorm" in name
-        (spared if is_spared and not args.decay_all else decayed).append(weight)
+        # The published scripts exempt biases and the layers' norms, not the final norm (A29).
+        is_exempt = name.endswith(".bias") or "layernorm" in name
+        (exempt if is_exempt and not args.decay_all else decayed).append(weight)
     return [{"params": decayed, "weight_decay": args.weight_decay},
-            {"params": spared, "weight_decay": 0.0}]
+            {"params": exempt, "weight_decay": 0.0}]
 
 
 def learning_rate(step: int, n_steps: int, args) -> float:

@@ -5,10 +5,10 @@ One step, in the order of `main`:
 
     problems     P of them, a pure function of (seed, step)
     rollouts     G responses to each, and the log-prob of every token when it was drawn
+    ref_logps    the same tokens under the starting model, for the KL term; meanwhile
     rewards      1 if the text after </think> verifies, else 0
     advantages   each reward against those of its group
-    ref_logps    the same tokens under the starting model, for the KL term
-    weights      what one token of each rollout counts in the loss
+    weights      the loss weight of each token of a rollout
     gradient     of policy_loss over packed micro-batches; AdamW
     sync         the weights go into the engine, then engine and trainer score the same tokens
 
@@ -288,8 +288,8 @@ def group_advantages(rewards: torch.Tensor, group: int, formula: str = "grpo") -
 
 
 def token_weights(rollouts, args, device) -> torch.Tensor:
-    """[R] what one token of each rollout counts: the loss is the sum over tokens of weight x token
-    loss.
+    """[R] loss weight of each token of a rollout: the loss is the sum over tokens of weight x
+    token loss.
 
     token     1 / tokens of the batch
               Yu et al. 2025 (DAPO), arXiv 2503.14476; PAPER.md, "RLVR" (A39)

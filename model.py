@@ -31,8 +31,8 @@ from common import Dist, barrier, die
 
 # ------------------------------------------------------------------------------------------ tokens
 
-# One text in training, RLVR and evaluation (PAPER.md, "Prompt"); ours is shorter, and --instruction
-# gives a run another (A4).
+# Appended to every problem, in training, RLVR and evaluation alike (PAPER.md, "Prompt"). Shorter
+# than the paper's; override it with --instruction (A4).
 INSTRUCTION = ("\nPlease reason step by step inside <think>...</think>, "
                "then put your final answer within \\boxed{}.")
 END_OF_TURN = "<|im_end|>"
@@ -42,8 +42,8 @@ END_OF_TEXT = "<|endoftext|>"
 def load_tokenizer(path, any_markup: bool = False):
     """The tokenizer of a model directory or hub id.
 
-    `any_markup`: enough to sample from (R1's distilled models have markup of their own), not to
-    train.
+    `any_markup`: accept tokenizers without Qwen markup (R1's distilled models have their own):
+    enough to sample from, not to train.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     directory = model_dir(path)
@@ -73,7 +73,7 @@ def render_prompt(tokenizer, problem: str, instruction: str = INSTRUCTION) -> li
 def add_instruction_flag(add):
     """`--instruction` of every stage that renders prompts; `add`: the parser's add_argument."""
     add("--instruction", default=INSTRUCTION,
-        help="text behind every problem, one for all stages of a run (recipe: [run] instruction)")
+        help="text appended to every problem, one for all stages of a run (recipe: [run] instruction)")
 
 
 INSTRUCTION_FILE = "instruction.json"        # in the directory of a model that was trained with one
