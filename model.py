@@ -73,7 +73,7 @@ def render_prompt(tokenizer, problem: str, instruction: str = INSTRUCTION) -> li
 def add_instruction_flag(add):
     """`--instruction` of every stage that renders prompts; `add`: the parser's add_argument."""
     add("--instruction", default=INSTRUCTION,
-        help="text appended to every problem, one for all stages of a run (recipe: [run] instruction)")
+        help="text appended to every problem, in all stages of a run ([run] instruction)")
 
 
 INSTRUCTION_FILE = "instruction.json"        # in the directory of a model that was trained with one
