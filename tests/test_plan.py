@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -191,16 +190,14 @@ def test_paper_recipes_have_the_papers_numbers(size, steps):
 
 
 def run_all(*args, **env):
-    began = time.time()
-    done = subprocess.run(["bash", ROOT / "run_all.sh", *args], capture_output=True, text=True, timeout=60, cwd="/",
+    return subprocess.run(["bash", ROOT / "run_all.sh", *args], capture_output=True, text=True, timeout=60, cwd="/",
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", **env})
-    return done, time.time() - began
 
 
 @pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "smoke_1gpu", "toy"])
 def test_plan_of_run_all(name, tmp_path):
-    done, seconds = run_all(name, "--plan", RUNS=str(tmp_path / "runs"))
-    assert done.returncode == 0 and not done.stderr and seconds < 20
+    done = run_all(name, "--plan", RUNS=str(tmp_path / "runs"))
+    assert done.returncode == 0 and not done.stderr
     text = done.stdout
     for script in ("01_sample.py model", "02_verify_score.py score", "02_verify_score.py select", "03_train_oxa.py",
                    "04_rlvr.py", "05_eval.py", "tools.report"):
@@ -211,8 +208,8 @@ def test_plan_of_run_all(name, tmp_path):
 
 
 def test_paper_recipe_cannot_start_here():
-    done, seconds = run_all("paper_1.5b")
-    assert done.returncode == 2 and seconds < 10
+    done = run_all("paper_1.5b")
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: recipes/paper_1.5b.toml cannot run here, missing: ")
     assert "network to the hub" in done.stderr
@@ -307,6 +304,9 @@ def test_what_the_shell_is_told():
     study = values_of(toy, n_seeds=5)
     assert study["arms"][4:] == ["length_matched", "longest"] and study["rlvr_arms"] == ["sft", "oxa_full", "oxa_mle"]
     assert study["seeds"] == [0, 1, 2, 3, 4] and study["rlvr_seeds"] == [0, 1, 2]
+    toy["run"]["instruction"] = "\nThink.\t"                       # is every stage's, so each runs again
+    told = values_of(toy)
+    assert all("\\nThink.\\t" in told[key][0] for key in told if key.startswith("section_of."))
 
 
 @pytest.mark.parametrize("change, said", [

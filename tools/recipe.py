@@ -171,8 +171,10 @@ def settings(recipe, n_seeds=None):
             yield f"rlvr_limit.{arm}", limit
 
     for word, section in SECTION_OF.items():
-        values = json.dumps(recipe.get(section, {}), default=str)
-        yield f"section_of.{word}", f"[{section}] {values}"
+        values = dict(recipe.get(section, {}))
+        if run["instruction"]:                       # a new one is a reason to run every stage again
+            values["instruction"] = run["instruction"]
+        yield f"section_of.{word}", f"[{section}] " + json.dumps(values, default=str)
 
 
 # ------------------------------------------------------------------------------------------ missing
