@@ -495,7 +495,7 @@ def test_second_grader_disagreements(tmp_path, capsys):
 @pytest.mark.parametrize("change, sentence", [
     (["--model", "MODEL", "--temperature", "1.0"], "other settings (temperature)"),
     (["--model", "MODEL", "--n", "2"], "more than --n 2"),
-    (["--out", "elsewhere"], "--model is needed"),
+    (["--out", "ELSEWHERE"], "--model is needed"),
     (["--model", "nowhere/here"], "other settings"),
     (["--n", "0"], "at least 1"),
     (["--temperature", "1e-320"], "--temperature must be 0 (greedy) or at least 0.01"),
@@ -503,10 +503,11 @@ def test_second_grader_disagreements(tmp_path, capsys):
     (["--model", "MODEL", "--n-of", "a=some"], "NAME=N"),
     (["--model", "MODEL", "--n-of", "other=9"], "no --problems file has that name; there is a"),
 ])
-def test_bad_input_is_one_sentence(finished, tiny_model_dir, capsys, change, sentence):
+def test_bad_input_is_one_sentence(finished, tiny_model_dir, tmp_path, capsys, change, sentence):
     out, paths = finished
     before = files(out)
-    change = [str(tiny_model_dir) if x == "MODEL" else x for x in change]
+    places = {"MODEL": str(tiny_model_dir), "ELSEWHERE": str(tmp_path)}
+    change = [places.get(x, x) for x in change]
     base = [x for x in flags("", out, paths[0])]
     at = base.index("--model")
     del base[at:at + 2]
