@@ -450,7 +450,8 @@ def accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_lo
     """
     live = [i for i in range(len(rollouts)) if weights[i] > 0]
     packs = plan_rollouts(rollouts, live, args)
-    n_passes = int(common.all_reduce_max(torch.tensor(len(packs), device=dist.device)))
+    n_packs = torch.tensor(max(len(packs), 1), device=dist.device)
+    n_passes = int(common.all_reduce_max(n_packs))
 
     sums = {}
     logps = [None] * len(rollouts)
