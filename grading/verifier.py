@@ -313,8 +313,10 @@ def same_residue(a, b):
 
 
 def is_residue(tree):
-    """5 (mod 7) is one, 204 (mod 5) is not."""
-    if variables(tree):
+    """5 (mod 7) and 5 (mod p) are, 204 (mod 5) is not, nor n mod 2: that is a remainder, not n."""
+    if variables(tree[1]):
+        return False
+    if variables(tree[2]):
         return True
     residue, modulus = (value(part, Point(0)) for part in tree[1:])
     if not isinstance(residue, Fraction) or not isinstance(modulus, Fraction):
