@@ -172,7 +172,7 @@ def settings(recipe, n_seeds=None):
 
     for word, section in SECTION_OF.items():
         values = dict(recipe.get(section, {}))
-        if run["instruction"]:                       # a new one is a reason to run every stage again
+        if run["instruction"]:                   # a new one is a reason to run every stage again
             values["instruction"] = run["instruction"]
         yield f"section_of.{word}", f"[{section}] " + json.dumps(values, default=str)
 
