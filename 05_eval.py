@@ -339,8 +339,10 @@ def sampled_ids(bench) -> dict[str, list]:
 
 
 def fingerprint(ids: list, settings: dict) -> str:
-    """What an entropy is a function of: the samples, the weights, and the type they compute in."""
-    return common.sha256_text(json.dumps(ids), settings["weights"], settings["dtype"])
+    """What an entropy is a function of: the samples, the weights, the type they compute in, and
+    the instruction of the prompt."""
+    return common.sha256_text(json.dumps(ids), settings["weights"], settings["dtype"],
+                              settings["instruction"])
 
 
 def stored_entropy(bench) -> dict[str, dict]:
@@ -729,8 +731,6 @@ def main(argv=None):
     if draws:
         check_model_dir(args.model)
     if dist.rank == 0:
-        if draws:
-            check_model_dir(args.model)
         common.claim_output(Path(args.out) / "results.json")
         for bench in benches:
             common.claim_output(bench.rows, [bench.source])
