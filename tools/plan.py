@@ -6,22 +6,25 @@ prints each command of the run with its figures, and what is missing here. It ne
 network, no model, and nothing but Python's standard library.
 
 Exact, and tested against real tiny models: parameters, gradients, optimizer state, KV cache,
-checkpoints. Modelled: activations and time, in the functions under "memory and speed". What only a
-run can tell (lengths of responses, shares of wrong answers) stands in the recipe's [plan].
+checkpoints. Traced: memory and kernels of a training step (tools/trace.py, tools/roofline.py); for
+a model that was not traced, the formulas under "memory and speed". Assumed, in the recipe's [plan]:
+what only a run can tell (lengths of responses, shares of wrong answers), and what only a card can
+(which share of its peak each kind of kernel reaches): a range, so hours are a range.
 
 Deliberate simplifications: communication, import, verification and start-up take no time; responses
 of a kind have one mean length, and SPREAD stands for the longer ones that a mean token sits in.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools import levers, roofline
 from tools.recipe import SECTION_OF, die, human, load_recipe, missing
+from tools.sizes import KNOWN, find_model
 
 GB = 1e9
 SPREAD = 1.3          # mean over tokens of their sequence's length, over the mean length
@@ -40,11 +43,13 @@ DEFAULTS = {
              "max_response_tokens": 18432, "token_budget": 32768, "kl_coef": 0.001,
              "updates_per_batch": 1, "gradient_checkpointing": False, "shard": False,
              "gpu_memory": 0.3, "sleep": False},
-    "eval": {"n": 32, "n_of": [], "max_tokens": 32768, "entropy_samples": 4},
+    "eval": {"n": 32, "n_of": [], "max_tokens": 32768, "entropy_samples": 4,
+             "token_budget": 32768},
 }
-# What [plan] of a recipe may name; units are in recipes/paper_1.5b.toml.
+# What [plan] of a recipe may name; units are in recipes/paper_1.5b.toml. Where only a card can
+# tell: [pessimist, optimist].
 ASSUMED = {
-    "card": "H100 SXM", "card_gb": 80, "peak_tflops": 989, "bandwidth_tbs": 3.35,
+    **roofline.ASSUMED, "card": "H100 SXM", "card_gb": 80,
     "utilisation": 0.4, "decode_efficiency": 0.4, "decode_overhead_ms": 8, "max_seqs": 256,
     "prompt_tokens": 150, "teacher_queries": 100000, "teacher_traces": 300000,
     "teacher_tokens": 11000, "self_tokens": 7000, "wrong_share": 0.4,
@@ -52,77 +57,6 @@ ASSUMED = {
 }
 N_PROBLEMS = {"aime24": 30, "aime25": 30, "brumo25": 30, "cmimc25": 40, "hmmt25": 30,
               "minerva": 272, "math500": 500}
-
-# ---------------------------------------------------------------------------------- sizes of models
-
-
-@dataclass(frozen=True)
-class Model:
-    """A Qwen2-shaped decoder; parameters are counted, not looked up."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    inter: int
-    vocab: int
-    tied: bool
-    head_dim: int = 0
-
-    @property
-    def width(self):
-        """Of a layer's queries."""
-        return self.heads * (self.head_dim or self.hidden // self.heads)
-
-    @property
-    def kv_width(self):
-        return self.width // self.heads * self.kv_heads
-
-    @property
-    def n_linear(self):
-        """Parameters of the layers' linear maps, the biases of q, k and v included."""
-        qkv = (self.hidden + 1) * (self.width + 2 * self.kv_width)
-        return self.layers * (qkv + self.width * self.hidden + 3 * self.hidden * self.inter)
-
-    @property
-    def n_output(self):
-        """Of the output layer, which is the embedding if tied."""
-        return self.vocab * self.hidden
-
-    @property
-    def n_params(self):
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.n_linear + norms + self.n_output * (1 if self.tied else 2)
-
-    def frozen_bytes(self):
-        """On a card: linear maps in bf16, embedding and norms in float32."""
-        linear = self.n_linear + (0 if self.tied else self.n_output)
-        return 2 * linear + 4 * (self.n_params - linear)
-
-    def kv_bytes(self):
-        """Of one token, bf16."""
-        return 2 * 2 * self.layers * self.kv_width
-
-
-KNOWN = {
-    "Qwen2.5-0.5B": Model(896, 24, 14, 2, 4864, 151936, True),
-    "Qwen2.5-Math-1.5B": Model(1536, 28, 12, 2, 8960, 151936, True),
-    "Qwen2.5-Math-7B": Model(3584, 28, 28, 4, 18944, 152064, False),
-    "DeepSeek-R1-Distill-Qwen-1.5B": Model(1536, 28, 12, 2, 8960, 151936, False),
-    "DeepSeek-R1-Distill-Qwen-7B": Model(3584, 28, 28, 4, 18944, 152064, False),
-}
-
-
-def find_model(name):
-    """A known model by the end of its name, or a directory with config.json; None if neither."""
-    config = Path(name) / "config.json"
-    if not config.is_file():
-        return KNOWN.get(Path(name).name)
-    c = json.loads(config.read_text())
-    return Model(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
-                 c["num_key_value_heads"], c["intermediate_size"], c["vocab_size"],
-                 c.get("tie_word_embeddings", False), c.get("head_dim") or 0)
-
 
 # --------------------------------------------------------------------------------- memory and speed
 
@@ -134,7 +68,8 @@ def forward_flops(model, length):
 
 
 def activation_bytes(model, tokens, checkpointing):
-    """What a pack of `tokens` keeps for backward: (layers, output layer with a chunk of logits)."""
+    """What a pack of `tokens` keeps for backward: (layers, output layer with a chunk of logits).
+    The formula, where there is no trace."""
     one_layer = 24 * model.hidden + 4 * (model.width + model.kv_width) + 8 * model.inter   # a token
     kept = model.layers * one_layer
     if checkpointing:                       # each layer's input, and one layer at a time in full
@@ -143,15 +78,43 @@ def activation_bytes(model, tokens, checkpointing):
     return tokens * kept, output
 
 
-def score_seconds(model, tokens, length, flops):
-    """Of a forward pass over `tokens` in sequences of mean `length`, at `flops` a second."""
-    return tokens * sum(forward_flops(model, length)) / flops
+def score_seconds(model, tokens, length, budget, p):
+    """Kind of kernel -> seconds on one card of a forward pass over `tokens`, in sequences of mean
+    `length` and packs of `budget`."""
+    pack = roofline.traced_pack(model, "frozen", False, budget)
+    if pack is None:
+        return {"all": tokens * sum(forward_flops(model, length)) / formula_flops(p)}
+    return of_tokens(pack, tokens, length, budget, p)
 
 
-def train_seconds(model, tokens, length, checkpointing, flops):
-    """Forward, backward (twice that), forward again if activations are recomputed; logits twice."""
-    layers, output = forward_flops(model, length)
-    return tokens * ((4 if checkpointing else 3) * layers + 4 * output) / flops
+def train_seconds(model, tokens, length, s, cards, p):
+    """The same of forward and backward; the end of a step is not in it. `s`: settings of train or
+    rlvr."""
+    pack = roofline.traced_train(model, s, cards)
+    if pack is None:                        # backward twice the forward; logits are made twice
+        layers, output = forward_flops(model, length)
+        passes = 4 if s["gradient_checkpointing"] else 3
+        return {"all": tokens * (passes * layers + 4 * output) / formula_flops(p)}
+    seconds = of_tokens(pack, tokens, length, s["token_budget"], p)
+    del seconds["optimizer"]
+    return seconds
+
+
+def of_tokens(pack, tokens, length, budget, p):
+    """Kind -> seconds of as many packs as hold `tokens`."""
+    a_pack = roofline.pack_seconds(pack, budget, SPREAD * length, p)
+    return {kind: seconds * tokens / budget for kind, seconds in a_pack.items()}
+
+
+def step_end_seconds(model, s, cards, p):
+    """Clipping and AdamW, on one card; 0 if not traced."""
+    pack = roofline.traced_train(model, s, cards)
+    return roofline.kernel_seconds("optimizer", pack["work"]["optimizer"], p) if pack else 0.0
+
+
+def formula_flops(p):
+    """A second, of a card, where there is no trace."""
+    return p["peak_tflops"] * 1e12 * p["utilisation"]
 
 
 def decode_seconds(model, n, length, longest, cache, p):
@@ -160,7 +123,7 @@ def decode_seconds(model, n, length, longest, cache, p):
     A step of decoding reads the weights once, and keys and values of every running sequence. There
     are as many steps as the longest response has tokens, or as it takes if not all fit at once.
     """
-    flops = p["peak_tflops"] * 1e12 * p["utilisation"]
+    flops = formula_flops(p)
     bandwidth = p["bandwidth_tbs"] * 1e12 * p["decode_efficiency"]
     a_sequence = (p["prompt_tokens"] + SPREAD * length / 2) * model.kv_bytes()
     at_once = max(1, min(n, p["max_seqs"], cache / a_sequence))
@@ -171,6 +134,9 @@ def decode_seconds(model, n, length, longest, cache, p):
 
 def training_memory(model, s, cards):
     """Part -> bytes on a card while a full pack is in backward; `s`: settings of train or rlvr."""
+    pack = roofline.traced_train(model, s, cards)
+    if pack:
+        return pack["memory"]
     split = cards if s["shard"] else 1
     memory = {"weights": 4 * model.n_params / split, "gradients": 4 * model.n_params / split,
               "optimizer": 8 * model.n_params / split}
@@ -205,21 +171,25 @@ class Cost:
     seconds: float = 0
     disk: float = 0                                   # bytes
     memory: dict = field(default_factory=dict)        # part -> bytes on one card
+    kinds: dict = field(default_factory=dict)         # kind of kernel -> seconds on one card
+    phases: dict = field(default_factory=dict)        # of a step of RLVR -> seconds
+    whole: int = 0                                    # steps of the paper, if more than these
+    levers: list = field(default_factory=list)        # what a changed setting would do
     notes: list = field(default_factory=list)
 
 
 class Plan:
-    """Costs of a recipe's commands on `cards` over all nodes. A method a section, `s` its flags."""
+    """Costs of a recipe's commands on `cards` over all nodes, as the pessimist or the optimist sees
+    them. A method a section, `s` its flags."""
 
-    def __init__(self, recipe, cards):
+    def __init__(self, recipe, cards, end=roofline.PESSIMIST):
         run = recipe.get("run", {})
         unknown = set(recipe.get("plan", {})) - set(ASSUMED)
         if unknown:
             die(f"[plan]: unknown keys {sorted(unknown)}; known: {', '.join(sorted(ASSUMED))}")
         self.recipe = recipe
         self.cards = max(1, cards)
-        self.p = {**ASSUMED, **recipe.get("plan", {})}
-        self.flops = self.p["peak_tflops"] * 1e12 * self.p["utilisation"] * self.cards
+        self.p = roofline.at_end({**ASSUMED, **recipe.get("plan", {})}, end)
         self.toy = run.get("world", "none") != "none"
         self.base_name = f"toy/{run['world_base']}" if self.toy else run.get("base_model", "")
         self.base = find_model(self.base_name)
@@ -253,16 +223,29 @@ class Plan:
         memory = engine_memory(model, s["gpu_memory"], self.p)
         cache = memory["KV cache"]
         seconds = decode_seconds(model, n / self.cards, length, s["max_tokens"], cache, self.p)
-        return Cost(n * length, seconds, n * length * TEXT_BYTES, memory, [f"{n:,} samples"])
+        return Cost(tokens=n * length,
+                    seconds=seconds,
+                    disk=n * length * TEXT_BYTES,
+                    memory=memory,
+                    notes=[f"{n:,} samples"])
 
     def score(self, s, model):
         n, length = self.responses(s.get("samples", "teacher"))
         tokens = n * length * (self.p["wrong_share"] if s["only"] == "wrong" else 1)
         layers, _ = activation_bytes(model, s["token_budget"], checkpointing=False)
-        memory = {"weights": model.frozen_bytes(), "output layer": 8 * LOGIT_CHUNK,
-                  "activations": layers / model.layers + 8 * s["token_budget"] * model.hidden}
-        seconds = score_seconds(model, tokens, length, self.flops)
-        return Cost(tokens, seconds, tokens * TEXT_BYTES, memory)
+        one_layer = layers / model.layers + 8 * s["token_budget"] * model.hidden
+        memory = {"weights": model.frozen_bytes(),
+                  "output layer": 8 * LOGIT_CHUNK,
+                  "activations": one_layer}
+        pack = roofline.traced_pack(model, "frozen", False, s["token_budget"])
+        if pack:
+            memory = pack["memory"]
+        kinds = score_seconds(model, tokens / self.cards, length, s["token_budget"], self.p)
+        return Cost(tokens=tokens,
+                    seconds=sum(kinds.values()),
+                    disk=tokens * TEXT_BYTES,
+                    memory=memory,
+                    kinds=kinds)
 
     def select(self, s, model):
         n_ul = s["n_ul"] if s["arm"] == "oxa_full" else 0
@@ -271,17 +254,24 @@ class Plan:
         return Cost(tokens, disk=tokens * TEXT_BYTES, notes=notes)
 
     def train(self, s, model):
-        recompute = s["gradient_checkpointing"]
         steps = self.settings("select")["n_ce"] // s["ce_per_step"] * s["epochs"]
         n_ul = s["ul_per_step"] if "oxa_full" in Path(s.get("data", "oxa_full")).parts else 0
         notes = [f"{steps:,} steps of {s['ce_per_step']} + {n_ul} sequences"]
-        total = Cost(disk=checkpoint_bytes(model, s["keep"]), notes=notes,
-                     memory=training_memory(model, s, self.cards))
+        total = Cost(disk=checkpoint_bytes(model, s["keep"]),
+                     memory=training_memory(model, s, self.cards),
+                     notes=notes)
+
         for n, kind in ((s["ce_per_step"], "teacher_tokens"), (n_ul, "self_tokens")):
             length = self.p["prompt_tokens"] + self.p[kind]
             tokens = steps * n * length
             total.tokens += tokens
-            total.seconds += train_seconds(model, tokens, length, recompute, self.flops)
+            seconds = train_seconds(model, tokens / self.cards, length, s, self.cards, self.p)
+            for part in seconds:
+                total.kinds[part] = total.kinds.get(part, 0) + seconds[part]
+
+        total.kinds["optimizer"] = steps * step_end_seconds(model, s, self.cards, self.p)
+        total.seconds = sum(total.kinds.values())
+        total.levers = levers.train_levers(model, s, self.cards, total.kinds, self.p)
         return total
 
     def rlvr(self, s, model):
@@ -294,25 +284,30 @@ class Plan:
         length = min(self.p["rlvr_tokens"], longest)
         tokens = n * (length + self.p["prompt_tokens"])
         drawing = decode_seconds(model, n / self.cards, length, longest, engine["KV cache"], self.p)
-        training = train_seconds(model, tokens, length, s["gradient_checkpointing"], self.flops)
-        training *= s["updates_per_batch"]
+
+        here = tokens / self.cards
+        kinds = train_seconds(model, here, length, s, self.cards, self.p)
+        kinds["optimizer"] = step_end_seconds(model, s, self.cards, self.p)
+        training = sum(kinds.values()) * s["updates_per_batch"]
         if s["kl_coef"]:
             memory["reference"] = model.frozen_bytes()
-            training += score_seconds(model, tokens, length, self.flops)
+            reference = score_seconds(model, here, length, s["token_budget"], self.p)
+            training += sum(reference.values())
 
         problems = self.settings("problems")["limit"] or self.p["rlvr_problems"]
         problems = min(problems, self.p["rlvr_problems"])
         whole = problems // s["prompts_per_step"] * s["epochs"]
         steps = min(whole, s["max_steps"] or whole)
-        a_step = drawing + training
-        notes = [f"{steps:,} steps of {n} rollouts; {a_step:.0f} s a step: {drawing:.0f} drawing, "
-                 f"{training:.0f} training"]
-        if steps < whole:
-            days = whole * a_step / 86400
-            notes.append(f"the whole {whole:,} steps would take {days:.0f} days on these cards, "
-                         f"for each arm; this recipe stops after {steps:,}")
-        disk = checkpoint_bytes(model, s["keep"])
-        return Cost(steps * n * length, steps * a_step, disk, memory, notes)
+
+        return Cost(tokens=steps * n * length,
+                    seconds=steps * (drawing + training),
+                    disk=checkpoint_bytes(model, s["keep"]),
+                    memory=memory,
+                    kinds=kinds,
+                    phases={"drawing": drawing, "training": training},
+                    whole=whole if steps < whole else 0,
+                    notes=[f"{steps:,} steps of {n} rollouts"],
+                    levers=levers.rlvr_levers(model, s, self.cards, self.p))
 
     def eval(self, s, model):
         n_of = dict(pair.split("=") for pair in s["n_of"])
@@ -320,14 +315,21 @@ class Plan:
         for name in self.recipe["run"]["benchmarks"]:
             n_problems += N_PROBLEMS.get(name, 160)
             n += N_PROBLEMS.get(name, 160) * int(n_of.get(name, s["n"]))
+
         length = min(self.p["eval_tokens"], s["max_tokens"])
         memory = engine_memory(model, 0.9, self.p)
         cache = memory["KV cache"]
         seconds = decode_seconds(model, n / self.cards, length, s["max_tokens"], cache, self.p)
+
         measured = n_problems * s["entropy_samples"] * length
-        seconds += score_seconds(model, measured, length, self.flops)
+        entropy = score_seconds(model, measured / self.cards, length, s["token_budget"], self.p)
+        seconds += sum(entropy.values())
         notes = [f"{n_problems:,} problems, {n:,} samples"]
-        return Cost(n * length, seconds, n * length * TEXT_BYTES, memory, notes)
+        return Cost(tokens=n * length,
+                    seconds=seconds,
+                    disk=n * length * TEXT_BYTES,
+                    memory=memory,
+                    notes=notes)
 
 
 # --------------------------------------------------------------------------------- the printed plan
@@ -350,51 +352,104 @@ def read_command(words, plan):
     return section, settings
 
 
-def describe(cost, plan):
-    """Lines under a command."""
+def span(slow, fast, digits=0):
+    """Optimist to pessimist; one number if they agree."""
+    low = f"{fast:,.{digits}f}"
+    high = f"{slow:,.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def describe(slow, fast, plan):
+    """Lines under a command, from the pessimist's cost and the optimist's."""
     facts = []
-    if cost.tokens:
-        count = human(cost.tokens).replace("G", "billion").replace("M", "million")
+    if slow.tokens:
+        count = human(slow.tokens).replace("G", "billion").replace("M", "million")
         facts.append(f"{count} tokens")
-    if cost.seconds and not plan.toy:
-        facts.append(f"{cost.seconds / 3600:.1f} h on {plan.cards} x {plan.p['card']}")
-    if cost.disk:
-        facts.append(f"disk {human(cost.disk)}B")
-    lines = ["; ".join(facts + cost.notes[:1]), *cost.notes[1:]]
-    if cost.memory and not plan.toy:
-        parts = " + ".join(f"{part} {size / GB:.1f}" for part, size in cost.memory.items() if size)
-        total, card = sum(cost.memory.values()) / GB, plan.p["card_gb"]
-        verdict = "fits" if total <= card else "DOES NOT FIT"
-        lines.append(f"a card's memory, GB: {parts} = {total:.1f} of {card}: {verdict}")
+    if slow.seconds and not plan.toy:
+        hours = span(slow.seconds / 3600, fast.seconds / 3600, digits=1)
+        facts.append(f"{hours} h on {plan.cards} x {plan.p['card']}")
+    if slow.disk:
+        facts.append(f"disk {human(slow.disk)}B")
+
+    lines = ["; ".join(facts + slow.notes[:1]), *slow.notes[1:]]
+    if not plan.toy:
+        lines += step_lines(slow, fast) + memory_lines(slow, plan) + slow.levers
     return [line for line in lines if line]
+
+
+def step_lines(slow, fast):
+    """What a step of RLVR takes, and where a card's time goes in training and scoring."""
+    lines = []
+    if slow.phases:
+        step = sum(slow.phases.values()), sum(fast.phases.values())
+        phases = []
+        for phase, seconds in slow.phases.items():
+            phases.append(f"{phase} {span(seconds, fast.phases[phase])}")
+        lines.append(f"a step {span(*step)} s: {', '.join(phases)}")
+        if slow.whole:
+            days = span(slow.whole * step[0] / 86400, slow.whole * step[1] / 86400)
+            lines.append(f"the whole {slow.whole:,} steps would take {days} days on these cards, "
+                         "for each arm; this recipe stops earlier")
+
+    if len(slow.kinds) > 1:
+        total = sum(slow.kinds.values())
+        told = []
+        for kind in sorted(slow.kinds, key=slow.kinds.get, reverse=True):
+            share = slow.kinds[kind] / total
+            if share > 0.005:
+                told.append(f"{kind} {share:.0%}")
+        lines.append(f"where a card's time goes: {', '.join(told)}")
+    return lines
+
+
+def memory_lines(cost, plan):
+    if not cost.memory:
+        return []
+    parts = " + ".join(f"{part} {size / GB:.1f}" for part, size in cost.memory.items() if size)
+    total, card = sum(cost.memory.values()) / GB, plan.p["card_gb"]
+    verdict = "fits" if total <= card else "DOES NOT FIT"
+    return [f"a card's memory, GB: {parts} = {total:.1f} of {card}: {verdict}"]
 
 
 def show(path, recipe, commands, cards):
     """The whole plan: each command with its figures, then totals, assumptions, what is missing."""
-    plan = Plan(recipe, cards)
+    plan = Plan(recipe, cards, roofline.PESSIMIST)
+    kinder = Plan(recipe, cards, roofline.OPTIMIST)
     place = "on a CPU" if plan.toy else f"{plan.cards} cards"
     billions = plan.base.n_params / 1e9
     print(f"Plan of {path}: {plan.base_name}, {billions:.3f} billion parameters, {place}")
+
     hours, disk = {}, 0
     for number, line in enumerate(commands, 1):
         print(f"[{number}] {line}")
         section, settings = read_command(shlex.split(line), plan)
         if section:
-            cost = plan.cost(section, settings)
-            disk += cost.disk
-            hours[section] = hours.get(section, 0) + cost.seconds / 3600
-            for text in describe(cost, plan):
+            slow, fast = plan.cost(section, settings), kinder.cost(section, settings)
+            if section in hours:
+                slow.levers.clear()                 # told under the first command
+            disk += slow.disk
+            before = hours.get(section, (0, 0))
+            hours[section] = (before[0] + slow.seconds / 3600,
+                              before[1] + fast.seconds / 3600)
+            for text in describe(slow, fast, plan):
                 print(f"      {text}")
     print(f"\nIn all: disk {human(disk)}B", end="")
     if plan.toy:
         print("; minutes on a CPU, see docs/LOG.md")
     else:
-        total = sum(hours.values())
-        shares = ", ".join(f"{section} {h:.2g} h" for section, h in hours.items() if h)
-        print(f", {total:.3g} h on {plan.cards} cards = {total * plan.cards:,.0f} card hours "
-              f"({shares})")
-        assumed = ", ".join(f"{key} {value}" for key, value in plan.p.items())
-        print(f"Assumed (recipe, [plan]): {assumed}")
+        slow = sum(pair[0] for pair in hours.values())
+        fast = sum(pair[1] for pair in hours.values())
+        card_hours = span(slow * plan.cards, fast * plan.cards)
+        parts = []
+        for section, pair in hours.items():
+            if pair[0]:
+                parts.append(f"{section} {span(*pair, digits=1)} h")
+        print(f", {span(slow, fast, digits=1)} h on {plan.cards} cards = {card_hours} card hours "
+              f"({', '.join(parts)})")
+        named = {**ASSUMED, **recipe.get("plan", {})}
+        assumed = ", ".join(f"{key} {value}" for key, value in named.items())
+        print(f"Assumed (recipe, [plan]; ranges from pessimist to optimist): {assumed}")
+        print("Predicted by a roofline over traced kernels; no figure here was seen on a card.")
     lacking = missing(recipe, disk)
     print("Missing here: " + "; ".join(lacking) if lacking else "Nothing is missing here.")
 
