@@ -252,14 +252,14 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(world, stages, whole, t
     for place in (1, n // 2, n - 1):
         folder = copy_of(world, tmp_path / str(place))
         answer = stages(stage, folder, kind="full", n=place)
-        if answer["codes"] == [0]:               # to make a directory that is there needs no disk
+        if answer["codes"] == [0]:               # to make a directory that is there, or to remove, needs no disk
             assert differences(contents(folder), expected) == []
             continue
         n_refused += 1
         assert answer["codes"] in ([1], [2]) and no_traceback(answer), answer
         assert "No space left on device" in answer["said"][0]
         check_end(stages, stage, folder, 1, expected)
-    assert n_refused >= 2
+    assert n_refused >= 1
 
 
 @pytest.mark.parametrize("stage", ["train", "rlvr"])
