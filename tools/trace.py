@@ -245,10 +245,12 @@ class Tape(TorchDispatchMode):
     def same_place(self, function, inputs) -> str | None:
         """Place of the output. A host tensor with dimensions may only be copied, or index."""
         places = {self.place(x) for x in inputs}
-        for x in inputs:
-            if "card" in places and x.dim() and self.place(x) == "host":
-                if function._schema.name not in ("aten::copy_", "aten::_to_copy", "aten::index"):
-                    raise TwoDevices(f"{function}: {list(x.shape)} of the host meets the card")
+        name = function._schema.name
+        apart = [x for x in inputs if x.dim() and self.place(x) == "host"]
+        if name == "aten::index":
+            apart = [x for x in apart if x is inputs[0]]
+        if "card" in places and apart and name not in ("aten::copy_", "aten::_to_copy"):
+            raise TwoDevices(f"{function}: {list(apart[0].shape)} of the host meets the card")
         return "card" if "card" in places else "host" if "host" in places else None
 
     # --- how much lives
