@@ -79,6 +79,10 @@ WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirecto
               PermissionError)
 
 
+def too_late(number, frame):
+    """A signal after the work is done: nothing is left to stop."""
+
+
 def run(main):
     """Call the `main` of a script; what the system refuses it is one sentence and no traceback.
 
@@ -87,6 +91,8 @@ def run(main):
     """
     try:
         main()
+        for name in (signal.SIGINT, signal.SIGTERM):         # all is written: Python may end in peace
+            signal.signal(name, too_late)
     except OSError as error:
         if isinstance(error, BrokenPipeError):               # `| head` has read enough: at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # Python flushes
