@@ -91,7 +91,7 @@ def run(main):
     """
     try:
         main()
-        for name in (signal.SIGINT, signal.SIGTERM):         # all is written: Python may end in peace
+        for name in (signal.SIGINT, signal.SIGTERM):         # all is written: let Python end
             signal.signal(name, too_late)
     except OSError as error:
         if isinstance(error, BrokenPipeError):               # `| head` has read enough: at exit
