@@ -20,6 +20,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import subprocess
 import tempfile
 import time
@@ -284,7 +285,8 @@ def grpo(device, engine: str):
 
 
 def resume(device):
-    """The run of `grpo` goes on: step 3 follows step 2."""
+    """The run of `grpo`, its end taken away, goes on from its checkpoint after step 1."""
+    shutil.rmtree(toy_folder() / "rlvr_hf" / "final")
     rows = rlvr("rlvr_hf", "hf", 3)
     steps = [row["step"] for row in rows]
     return "steps [1, 2, 3]", f"steps {steps}", steps == [1, 2, 3]
