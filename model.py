@@ -242,10 +242,11 @@ def cpu_groups(lengths, borders, index, n_rows: int) -> tuple[list, np.ndarray]:
     return groups, order
 
 
-# Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). The knee is
-# where attention's FLOPs equal the rest: 6 * hidden for a Qwen2-like layer (24 H^2 L against 4 H
-# L^2), 9,216 for hidden 1,536.
-ATTENTION_KNEE = 9216
+# Attention costs L^2, everything else L: a sequence costs L * (1 + L / ATTENTION_KNEE). At the knee
+# the two are equal. By FLOPs that is at 30,000 tokens for Qwen2.5-1.5B (causal: 2 H L^2 against
+# 40 H^2 L); by the roofline of a whole step, elementwise kernels included, at 52,000 for 1.5B and
+# 64,000 for 7B (bench/packs.py).
+ATTENTION_KNEE = 49152
 
 
 def plan_packs(lengths: list[int], budget: int, n_ranks: int = 1) -> list[list[list[int]]]:
