@@ -1,7 +1,8 @@
 """Faults: bad input to every stage, and (marked `faults`, long) kills at every moment.
 
     bash tests/run.sh tests/test_faults.py                          bad input, a line a case: bad_input.py
-    bash tests/run.sh tests/test_faults.py -m faults -s             the long suite; FAULTS=400 kills, SEED=0
+    bash tests/run.sh tests/test_faults.py -m faults -s             the long suite: FAULTS=400 kills, STOPS=80
+                                                                    stops (STAGES="train rlvr": of these alone), SEED=0
 
 A stage is added with its line in COMMANDS (and its INPUT in bad_input.py).
 """
@@ -311,6 +312,8 @@ def test_random_stops(world, stages, whole, tmp_path):
     seed, n_stops = int(os.environ.get("SEED", 0)), int(os.environ.get("STOPS", 80))
     draw, counts = random.Random(seed), Counter()
     kinds = [(stage, 1) for stage in GROWING] + [(stage, 2) for stage in ON_TWO_RANKS]
+    if "STAGES" in os.environ:                           # these alone, on as many ranks as they have
+        kinds = [(stage, 2 if stage in ON_TWO_RANKS else 1) for stage in os.environ["STAGES"].split()]
     longest = 0
     while counts["stops"] < n_stops:
         stage, ranks = kinds[counts["runs"] % len(kinds)]
