@@ -248,6 +248,9 @@ SECTIONS = ("run", "prepare-base", "problems", "teacher", "sample", "verify", "s
 def load_recipe(path, derived=()) -> dict:
     """The sections of a recipe. `from = "paper_1.5b"` at its top names another one beside it: where
     a section does not give a key, that one's value holds. `derived`: recipes that start from it.
+
+    tools/recipe.py reads the same files before anything is installed, so it cannot call this; a
+    test compares the two.
     """
     path = Path(path)
     if path in derived:
