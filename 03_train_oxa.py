@@ -39,9 +39,9 @@ from tqdm import tqdm
 from common import die
 from model import (
     END_OF_TURN, TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir,
-    clip_gradient, distribute, encode_response, gradient_sync, latest_checkpoint, load_config,
-    load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs, render_prompt,
-    save_checkpoint, sweep)
+    clip_gradient, compile_layers, distribute, encode_response, gradient_sync, latest_checkpoint,
+    load_config, load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs,
+    render_prompt, save_checkpoint, sweep)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -91,6 +91,8 @@ def parse_args(argv=None):
         help="order of the data")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations in backward (long sequences)")
+    add("--compile", action="store_true",
+        help="torch.compile each decoder layer; never tried on a card")
     add("--shard", action="store_true",
         help="fully_shard instead of DDP: for what one card cannot hold (7B)")
     add("--save-every", type=int, default=100,
@@ -402,6 +404,8 @@ def main(argv=None):
     model = load_model(checkpoint or args.model, device=dist.device, trainable=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        compile_layers(model)
     policy = distribute(TokenLogprobs(model), dist, args.shard)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, betas=(0.9, 0.95),
                                   fused=True)

@@ -57,9 +57,9 @@ import engines
 from grading import verifier
 from model import (
     TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir, check_positions,
-    clip_gradient, decode_response, distribute, gradient_sync, latest_checkpoint, load_config,
-    load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs, render_prompt,
-    save_checkpoint, sweep, token_logprobs)
+    clip_gradient, compile_layers, decode_response, distribute, gradient_sync, latest_checkpoint,
+    load_config, load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs,
+    render_prompt, save_checkpoint, sweep, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
@@ -135,6 +135,8 @@ def parse_args(argv=None):
         help="tokens in a micro-batch on one card, prompts included")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations in backward (long sequences)")
+    add("--compile", action="store_true",
+        help="torch.compile each decoder layer; never tried on a card")
     add("--shard", action="store_true",
         help="fully_shard instead of DDP: for what one card cannot hold (7B)")
     add("--max-logp-gap", type=float, default=0.0,
@@ -674,6 +676,8 @@ def main(argv=None):
     model = load_model(checkpoint or args.model, device=dist.device, trainable=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        compile_layers(model)
     # log-probs at the sampling temperature: the distribution that acted (A32)
     policy = distribute(TokenLogprobs(model, args.temperature), dist, args.shard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,

@@ -637,6 +637,15 @@ def first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------- training on several ranks
 
 
+def compile_layers(model):
+    """torch.compile for each decoder layer, in place and before `distribute`: norms, rotary, SwiGLU
+    and casts are fused. Packed attention is left as it is: its groups differ from pack to pack."""
+    from transformers import AttentionInterface
+    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)                       # packs differ in length
+
+
 def distribute(module: TokenLogprobs, dist: Dist, shard: bool = False) -> torch.nn.Module:
     """DDP (weights on every rank) or FSDP2 (`shard`: weights, gradients and optimizer state split
     over ranks).

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import common
-from model import TokenLogprobs, clip_gradient, load_model
+from model import (TokenLogprobs, clip_gradient, compile_layers, load_model, pack_sequences,
+                   token_logprobs)
 from conftest import ROOT, byte_tokenizer, make_model
 
 train = importlib.import_module("03_train_oxa")
@@ -161,6 +163,24 @@ def test_gradient_is_the_same_on_one_rank_two_ranks_and_sharded(world, tmp_path)
     two_ranks = lambda mode: distance(torch.load(tmp_path / f"{mode}.pt"))
     assert max(distance(gradients[420]), distance(gradients[260]), two_ranks("ddp"), two_ranks("fully_shard")) < 1e-6
     assert min(two_ranks("forgets-sync"), two_ranks("past-the-wrapper")) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_curve(world, tmp_path):
+    curves = {}
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        done = launch(arguments(world, tmp_path / out, "--gradient-checkpointing", *more))
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = common.read_jsonl(tmp_path / out / "metrics.jsonl")
+        curves[out] = np.array([[row["ce_loss"], row["ul_loss"], row["grad_norm"]] for row in rows])
+    assert len(curves["plain"]) == 6 and np.abs(curves["compiled"] - curves["plain"]).max() < 1e-5
+    from torch._dynamo.utils import counters
+    counters.clear()
+    model = load_model(world[0], trainable=True)
+    compile_layers(model)
+    token_logprobs(model, pack_sequences([([1, 2, 3, 4], 1), ([5, 6, 7], 2)]))[0].sum().backward()
+    assert counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
 
 
 @pytest.mark.slow
