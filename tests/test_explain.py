@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 from model import encode_response, load_model, load_tokenizer, pack_sequences, render_prompt
 from tools import report
 from conftest import make_model
@@ -44,7 +45,7 @@ def write_eval(folder, shares, right, problems, tokenizer, shift=0.0):
         write_rows(folder / f"{b}.jsonl", rows)
         write_rows(folder / f"{b}.problems.jsonl", [
             {"pid": f"{b}-{i}", "n": N, "n_correct": sum(row["correct"] for row in rows[i * N:(i + 1) * N]),
-             "entropy": 0.3 + i / 100} for i in range(N_PROBLEMS)])
+             "n_truncated": 0, "mean_tokens": 9.0, "entropy": 0.3 + i / 100} for i in range(N_PROBLEMS)])
     (folder / "results.json").write_text(json.dumps({"benchmarks": {b: {} for b in problems}}))
 
 
@@ -165,9 +166,9 @@ def test_entropy_by_kind_against_plain_softmax(model):
     np.testing.assert_allclose(found[:, 1], [np.mean(v) for v in values], rtol=1e-4)
 
 
-def test_explain_json_is_what_the_report_shows(run, model, capsys):
+def test_explain_jsonl_is_what_the_report_shows(run, model, capsys):
     explain.main([str(run), "--base", str(model), "--contrast", str(run)])
-    sections = {s["title"]: s for s in json.loads((run / "explain.json").read_text())}
+    sections = {s["title"]: s for s in common.read_jsonl(run / "explain.jsonl")}
     rows = sections["Which strategy is chosen, and how often it leads to the right answer"]["rows"]
     first = next(row for row in rows if row[:2] == ["oxa_mle", "id"])
     assert first[2] == "0.90 (0.90 to 0.90)"                        # col .5 + split .4, in both seeds
@@ -186,7 +187,7 @@ def test_explain_json_is_what_the_report_shows(run, model, capsys):
     figures = run / "report" / "figures"
     figures.mkdir(parents=True)
     parts = report.explanation(run, figures)
-    files = [Path(f["file"]).name for s in sections.values() for f in s["figures"]]
+    files = [Path(name).name for s in sections.values() for name in s["figures"]]
     assert sorted(files) == ["ablation_cap.png", "ablation_mu_quantile.png", "choice.png", "choice_contrast.png", "entropy.png"]
     assert sum(part.startswith("![") for part in parts) == 5 and all((figures / f"explain_{name}").exists() for name in files)
 
@@ -197,7 +198,7 @@ def test_one_seed_and_no_ablations(tmp_path, model, capsys):
         explain.main([str(run), "--base", str(model), "--entropy-samples", "5"])
     assert "lower --entropy-samples" in capsys.readouterr().err
     explain.main([str(run), "--base", str(model)])
-    sections = json.loads((run / "explain.json").read_text())
+    sections = list(common.read_jsonl(run / "explain.jsonl"))
     assert not any("to" in row[2] for row in sections[0]["rows"])      # one seed has no range
     assert not any(s["title"].startswith("Ablation") for s in sections)
 

@@ -142,8 +142,8 @@ def test_text_shows_the_summary(run):
     n_good = sum(main[name]["verdict"] == "reproduced" for name in ("C1", "C2", "C3", "C4"))
     assert n_good >= 3 and f"**{n_good} of 4 claims reproduced**" in text
     row = next(line for line in text.splitlines() if line.startswith("| C1") and "oxa_full − sft" in line)
-    assert [cell.strip() for cell in row.split("|")][6:8] == ["2", "70"], "seeds and problems"
-    assert "### id (40 problems)" in text and "### hard (30 problems)" in text
+    assert [cell.strip() for cell in row.split("|")][6] == "2", "seeds"
+    assert "### id (40 problems, 8 samples each)" in text and "### hard (30 problems, 8 samples each)" in text
 
 
 def test_everything_the_text_shows_is_there(run):
@@ -164,7 +164,7 @@ def test_interval_of_a_difference_is_paired(tmp_path):
                 path = tmp_path / f"seed-{seed}" / arm / "eval" / f"{b}.problems.jsonl"
                 rows = [dict(row, n_correct=min(row["n_correct"], N - 1) + gain) for row in common.read_jsonl(path)]
                 write_rows(path, rows)
-    e = report.estimate(report.load_run(tmp_path), 1, "oxa_full", "sft")
+    e = report.estimate(report.load_run(tmp_path, 0, ()), 1, ["oxa_full", "sft"])
     assert (e["value"], e["low"], e["high"]) == pytest.approx((1 / N,) * 3)
 
 
@@ -175,10 +175,14 @@ def test_verdict_rule(low, high, expected):
     assert report.verdict({"low": low, "high": high}) == expected
 
 
-def test_verdict_of_two_parts():
-    assert report.all_of(["reproduced", "reproduced"]) == "reproduced"
-    assert report.all_of(["reproduced", "undecided"]) == "undecided"
-    assert report.all_of(["undecided", "not reproduced"]) == "not reproduced"
+@pytest.mark.parametrize("first, second, expected", [
+    ("reproduced", "reproduced", "reproduced"), ("reproduced", "undecided", "undecided"),
+    ("undecided", "not reproduced", "not reproduced"), ("not reproduced", "reproduced", "not reproduced")])
+def test_verdict_of_two_parts(first, second, expected):
+    found = {"C1": {"verdict": "undecided"}, "C4 Pass@1": {"verdict": first}, "C4 Pass@k": {"verdict": second}}
+    joined = report.join_parts(found)
+    assert joined["C4"] == {"verdict": expected, "parts": {"Pass@1": {"verdict": first}, "Pass@k": {"verdict": second}}}
+    assert joined["C1"] == {"verdict": "undecided"}
 
 
 @pytest.mark.parametrize("arms, rlvr, seeds, entropy, sentence", [
@@ -206,19 +210,21 @@ def test_contrast_and_explanation(run, tmp_path):
     reversed_rates = {**RATES, "sft": .6, "oxa_full": .3, "oxa_mle": .3}
     write_run(tmp_path / "easy", (0,), ("sft", "oxa_mle"), (), rates=reversed_rates)
     shutil.copytree(run, tmp_path / "hard")
-    (tmp_path / "hard" / "explain.json").write_text(json.dumps([
+    write_rows(tmp_path / "hard" / "explain.jsonl", [
         {"title": "Which strategies", "text": "Chosen and executed.", "columns": ["arm", "chosen"],
-         "rows": [["sft", 0.25]], "figures": [{"file": "pictures/styles.png", "caption": "Again."}]}]))
+         "rows": [["sft", 0.25]], "figures": {"pictures/styles.png": "Again."}}])
     picture = tmp_path / "hard" / "pictures" / "styles.png"
     picture.parent.mkdir()
     picture.write_bytes(b"a picture")
     report.main([str(tmp_path / "hard"), "--contrast", str(tmp_path / "easy"), "--k", "4"])
     text = text_of(tmp_path / "hard")
-    assert "### Which strategies" in text and "| sft | 0.250" in text and "(figures/explain_styles.png)" in text
+    assert "### Which strategies" in text and "| sft | 0.25 |" in text and "(figures/explain_styles.png)" in text
     assert (tmp_path / "hard" / "report" / "figures" / "explain_styles.png").read_bytes() == b"a picture"
     contrast = text.split("## The contrast: easy")[1].split("## Arms")[0]
     row = next(line for line in contrast.splitlines() if line.startswith("| C1"))
-    assert "oxa_mle − sft" in row and "not reproduced" in row and "oxa_full" not in contrast and "Pass@4" in contrast
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3] == "oxa_mle − sft" and "oxa_full" not in contrast and "Pass@4" in contrast
+    assert (cells[7], cells[11]) == ("reproduced", "not reproduced"), "the two worlds side by side"
     found = summary_of(tmp_path / "hard")
     assert {x["world"] for x in found["claims"]} == {"hard", "easy"}
     assert (found["pass_at_k_label"], found["pass_at_n_label"]) == ("Pass@4", "Pass@8") and "Pass@8: " in text
@@ -248,7 +254,7 @@ def test_math500_stands_beside_claims_and_average(run, tmp_path):
     assert claims(now) == claims(before) and now["averaged_over"] == ["id", "hard"]
     assert now["arms"]["sft"]["before"]["average"] == before["arms"]["sft"]["before"]["average"]
     assert now["arms"]["sft"]["before"]["math500"]["pass_at_1"]["value"] == 1
-    assert "### math500 (50 problems; in no claim and no average)" in text_of(tmp_path / "run")
+    assert "### math500 (50 problems, 4 samples each; in no claim and no average)" in text_of(tmp_path / "run")
     report.main([str(tmp_path / "run"), "--k", "8"])            # more than math500 has, so it has no Pass@8
     shown = summary_of(tmp_path / "run")["arms"]["sft"]["before"]
     assert shown["math500"]["pass_at_k"] is None and shown["average"]["pass_at_k"] == before["arms"]["sft"]["before"]["average"]["pass_at_n"]
@@ -267,16 +273,35 @@ def test_k_above_the_samples_drawn_is_refused(run, tmp_path, capsys):
         assert stop.value.code == 2 and f"too few for --k {k}" in capsys.readouterr().err
 
 
-def test_arms_with_unlike_numbers_of_samples_are_compared_at_a_common_k_only(small, tmp_path, capsys):
+def test_arms_with_unlike_numbers_of_samples_are_compared_at_the_fewest(small, tmp_path, capsys):
+    """4 samples of sft where oxa_full has 8: both at Pass@4 there, and a k that sft has not is refused."""
     shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "seed-0" / "sft" / "eval" / "hard.problems.jsonl"
     write_rows(path, [dict(row, n=4, n_correct=min(row["n_correct"], 4)) for row in common.read_jsonl(path)])
-    with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path)])
-    assert stop.value.code == 2 and "different numbers of samples" in capsys.readouterr().err
+    report.main([str(tmp_path)])
+    found, text = summary_of(tmp_path), text_of(tmp_path)
+    assert found["pass_at_k_label"] == "Pass@n" and "### hard (30 problems, 4 samples each)" in text
+    at_n = lambda arm: [independent(tmp_path, arm, "eval", n, b, (0,)) for b, n in (("id", 8), ("hard", 4))]
+    c2 = found["claims"][0]["claims"]["C2"]
+    assert c2["value"] == pytest.approx((sum(at_n("oxa_full")) - sum(at_n("sft"))) / 2, abs=1e-12)
     report.main([str(tmp_path), "--k", "4"])
     c2 = summary_of(tmp_path)["claims"][0]["claims"]["C2"]
-    assert c2["benchmarks"] == ["id", "hard"] and c2["at_n"] is None
+    assert c2["benchmarks"] == ["id", "hard"] and summary_of(tmp_path)["pass_at_k_label"] == "Pass@4"
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path), "--k", "5"])
+    assert stop.value.code == 2 and "4 samples a problem on hard, too few for --k 5" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_not_all_have_is_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    add_benchmark(tmp_path / "run", "aime", 8, lambda arm: 1)
+    lacking = tmp_path / "run" / "seed-1" / "sft" / "eval" / "results.json"
+    found = json.loads(lacking.read_text())
+    del found["benchmarks"]["aime"]
+    lacking.write_text(json.dumps(found))
+    report.main([str(tmp_path / "run")])
+    assert summary_of(tmp_path / "run")["arms"] == summary_of(run)["arms"]
+    assert "Left out, because not every evaluation has it: aime." in text_of(tmp_path / "run")
 
 
 def test_entropy_of_the_trainers_first_step_stands_beside_c3(run):
@@ -288,6 +313,7 @@ def test_entropy_of_the_trainers_first_step_stands_beside_c3(run):
     assert other["claims"]["C3"]["at_rl_step_1"] is None, "no RLVR of oxa_mle, so nothing beside"
 
 
+SECTION = {"title": "t", "text": "", "columns": [], "rows": [], "figures": {}}
 HOSTILE = "<img src=x onerror=alert(1)> [a](http://b) | c `d` \n# e \x1b[31m ~~f~~ **g**"
 
 
@@ -296,8 +322,8 @@ def test_names_and_captions_are_shown_as_text(small, tmp_path):
     shutil.copytree(small, tmp_path / "<i>run")
     shutil.copytree(tmp_path / "<i>run/seed-0/sft", tmp_path / "<i>run/seed-0" / arm)
     (tmp_path / "<i>run" / "a.png").write_bytes(b"1")
-    (tmp_path / "<i>run" / "explain.json").write_text(json.dumps([
-        {"title": HOSTILE, "text": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "figures": [{"file": "a.png", "caption": HOSTILE}]}]))
+    write_rows(tmp_path / "<i>run" / "explain.jsonl", [
+        {"title": HOSTILE, "text": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]], "figures": {"a.png": HOSTILE}}])
     report.main([str(tmp_path / "<i>run")])
     text = text_of(tmp_path / "<i>run")
     assert not re.search(r"(?<!\\)<(?!think)", text), "no tag"
@@ -308,25 +334,28 @@ def test_names_and_captions_are_shown_as_text(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/hostname", "link.png", "train.jsonl", "missing.png", "."])
-def test_explain_json_names_no_file_outside_its_folder(tmp_path, capsys, name):
+def test_explain_jsonl_names_no_file_outside_its_folder(tmp_path, capsys, name):
     (tmp_path / "run" / "figures").mkdir(parents=True)
     (tmp_path / "run" / "train.jsonl").write_text("{}")
     (tmp_path / "outside.png").write_bytes(b"1")
     (tmp_path / "run" / "link.png").symlink_to(tmp_path / "outside.png")
-    (tmp_path / "run" / "explain.json").write_text(json.dumps([{"title": "t", "figures": [{"file": name, "caption": "c"}]}]))
+    write_rows(tmp_path / "run" / "explain.jsonl", [{**SECTION, "figures": {name: "c"}}])
     with pytest.raises(SystemExit) as stop:
         report.explanation(tmp_path / "run", tmp_path / "run" / "figures")
-    assert stop.value.code == 2 and "explain.json names the figure" in capsys.readouterr().err
+    assert stop.value.code == 2 and "explain.jsonl names the figure" in capsys.readouterr().err
     assert not list((tmp_path / "run" / "figures").iterdir())
 
 
-@pytest.mark.parametrize("content", ["{", "3", "[3]", "[{}]", '[{"title": 1}]', '[{"title": "t", "columns": ["a"], "rows": [[1, 2]]}]',
-                                     '[{"title": "t", "figures": [{"file": "a.png"}]}]'])
-def test_explain_json_of_another_form_is_refused(tmp_path, capsys, content):
-    (tmp_path / "explain.json").write_text(content)
+@pytest.mark.parametrize("content", [
+    b"{", b"3", b"[3]", b"{}", b"\xff", b"", {"title": 1}, {"text": None}, {"columns": ["a"], "rows": [[1, 2]]}, {"rows": [3]},
+    {"figures": ["a.png"]}])
+def test_explain_jsonl_of_another_form_is_refused(tmp_path, capsys, content):
+    if isinstance(content, dict):
+        content = json.dumps({**SECTION, **content}).encode()
+    (tmp_path / "explain.jsonl").write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         report.explanation(tmp_path, tmp_path)
-    assert stop.value.code == 2 and "explain.json is no list of sections" in capsys.readouterr().err
+    assert stop.value.code == 2 and "explain.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change, sentence", [

@@ -1,9 +1,9 @@
 """Why the arms of a toy run differ: which strategy a model chooses, how often it executes it right.
 
-    python toy/explain.py runs/toy                             writes runs/toy/explain.json
+    python toy/explain.py runs/toy                             writes runs/toy/explain.jsonl
     python toy/explain.py runs/toy --contrast runs/toy_easy    with a second world's strategies
 
-tools/report.py shows explain.json as a section of the report. Accuracy is a sum over styles of
+tools/report.py shows explain.jsonl as a section of the report. Accuracy is a sum over styles of
 
     (share of responses in the style) x (share of these that are right),
 
@@ -339,19 +339,18 @@ def measures_of(folders, k=8):
     over problems and seeds."""
     found = {}
     for path in sorted(Path(folders[0]).glob("*.problems.jsonl")):
-        values = {}
+        values, benchmark = {}, path.name.removesuffix(".problems.jsonl")
         for folder in folders:
-            rows = list(common.read_jsonl(Path(folder) / path.name, {"n": int, "n_correct": int}))
-            k_here = min(k, *[row["n"] for row in rows])
+            table = report.read_table(Path(folder) / "results.json", benchmark)
+            k_here = min(k, int(table["n"].min()))
             columns = {"Pass@1": 1, f"Pass@{k_here}": k_here, "entropy (nats)": "entropy"}
             for name, measure in columns.items():
-                column = [report.measured(row, measure, 0) for row in rows]
-                values.setdefault(name, []).append(np.array(column, dtype=float)[:, None])
+                values.setdefault(name, []).append(report.measured(table, measure)[:, None])
         of_set = {}
         for name, of_seeds in values.items():
             value, low, high = common.bootstrap([of_seeds])
             of_set[name] = {"value": float(value[0]), "low": float(low[0]), "high": float(high[0])}
-        found[path.name.split(".")[0]] = of_set
+        found[benchmark] = of_set
     return found
 
 
@@ -424,7 +423,7 @@ def save(figure, run, name, caption):
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return {"file": f"explain/{name}.png", "caption": caption}
+    return f"explain/{name}.png", caption
 
 
 def bar_names(ax, names):
@@ -508,7 +507,7 @@ def figure_ablation(run, name, seeds, own_value, points):
 
 def section(title, text, table, figures=()):
     head, rows = table
-    return {"title": title, "text": text, "columns": head, "rows": rows, "figures": list(figures)}
+    return {"title": title, "text": text, "columns": head, "rows": rows, "figures": dict(figures)}
 
 
 def strategies(run):
@@ -570,7 +569,7 @@ def ablation_section(run, name, found):
 
 
 def explain(args):
-    """Yield the sections of explain.json."""
+    """Yield the sections of explain.jsonl."""
     run = load_run(args.run, args.world)
     yield from strategies(run)
     entropies = measure_entropies(run, args.base, args.entropy_samples)
@@ -597,9 +596,10 @@ def main(argv=None):
     args = parse_args(argv)
     matplotlib.rcParams["font.size"] = 9
     sections = list(explain(args))
-    out = Path(args.run) / "explain.json"
+    out = Path(args.run) / "explain.jsonl"
     with common.replace_file(out) as file:
-        json.dump(sections, file, indent=1, ensure_ascii=False)
+        for each in sections:
+            file.write(json.dumps(each, ensure_ascii=False) + "\n")
     print(f"{out}: {len(sections)} sections")
 
 
