@@ -6,13 +6,14 @@ prints each command of the run with its figures, and what is missing here. It ne
 network, no model, and nothing but Python's standard library.
 
 Exact, and tested against real tiny models: parameters, gradients, optimizer state, KV cache,
-checkpoints. Traced: memory and kernels of a training step (tools/trace.py, tools/roofline.py); for
-a model that was not traced, the formulas under "memory and speed". Assumed, in the recipe's [plan]:
-what only a run can tell (lengths of responses, shares of wrong answers), and what only a card can
-(which share of its peak each kind of kernel reaches): a range, so hours are a range.
+checkpoints. Traced: memory and kernels of training and scoring (tools/trace.py, tools/roofline.py);
+what was not traced has no hours. Assumed, in the recipe's [plan]: what only a run can tell (lengths
+of responses, shares of wrong answers), and what only a card can (which share of its peak each kind
+of kernel reaches): a range, so hours are a range.
 
-Deliberate simplifications: communication, import, verification and start-up take no time; responses
-of a kind have one mean length, and SPREAD stands for the longer ones that a mean token sits in.
+Deliberate simplifications: communication, import, verification and start-up take no time; in
+training and scoring responses of a kind have one mean length, and SPREAD stands for the longer ones
+that a mean token sits in.
 """
 
 import argparse
@@ -29,7 +30,6 @@ from tools.sizes import KNOWN, find_model
 GB = 1e9
 SPREAD = 1.3          # mean over tokens of their sequence's length, over the mean length
 TEXT_BYTES = 3.3      # of a token of a response
-LOGIT_CHUNK = 2**28   # logits alive at once on CUDA (model.OutputLayer)
 
 # Defaults of the scripts' flags that enter the arithmetic; a test compares them with the parsers.
 DEFAULTS = {
@@ -61,93 +61,26 @@ N_PROBLEMS = {"aime24": 30, "aime25": 30, "brumo25": 30, "cmimc25": 40, "hmmt25"
 # --------------------------------------------------------------------------------- memory and speed
 
 
-def forward_flops(model, length):
-    """FLOPs of one token in a sequence of mean `length`: (layers, output layer)."""
-    attention = 2 * model.layers * model.width * SPREAD * length       # causal: half of the square
-    return 2 * model.n_linear + attention, 2 * model.n_output
-
-
-def activation_bytes(model, tokens, checkpointing):
-    """What a pack of `tokens` keeps for backward: (layers, output layer with a chunk of logits).
-    The formula, where there is no trace."""
-    one_layer = 24 * model.hidden + 4 * (model.width + model.kv_width) + 8 * model.inter   # a token
-    kept = model.layers * one_layer
-    if checkpointing:                       # each layer's input, and one layer at a time in full
-        kept = model.layers * 4 * model.hidden + one_layer
-    output = 2.5 * 4 * LOGIT_CHUNK + 6 * model.n_output + 4 * tokens * model.hidden
-    return tokens * kept, output
-
-
-def score_seconds(model, tokens, length, budget, p):
-    """Kind of kernel -> seconds on one card of a forward pass over `tokens`, in sequences of mean
-    `length` and packs of `budget`."""
-    pack = roofline.traced_pack(model, "frozen", False, budget)
+def kernel_seconds(pack, tokens, length, budget, p, steps=0):
+    """Kind of kernel -> seconds on one card: `tokens` in sequences of mean `length` and packs of
+    `budget`, and the ends of `steps` steps. {} if not traced."""
     if pack is None:
-        return {"all": tokens * sum(forward_flops(model, length)) / formula_flops(p)}
-    return of_tokens(pack, tokens, length, budget, p)
-
-
-def train_seconds(model, tokens, length, s, cards, p):
-    """The same of forward and backward; the end of a step is not in it. `s`: settings of train or
-    rlvr."""
-    pack = roofline.traced_train(model, s, cards)
-    if pack is None:                        # backward twice the forward; logits are made twice
-        layers, output = forward_flops(model, length)
-        passes = 4 if s["gradient_checkpointing"] else 3
-        return {"all": tokens * (passes * layers + 4 * output) / formula_flops(p)}
-    seconds = of_tokens(pack, tokens, length, s["token_budget"], p)
-    del seconds["optimizer"]
+        return {}
+    seconds = roofline.pack_seconds(pack, budget, SPREAD * length, p)
+    for kind in seconds:
+        seconds[kind] *= steps if kind == "optimizer" else tokens / budget
     return seconds
 
 
-def of_tokens(pack, tokens, length, budget, p):
-    """Kind -> seconds of as many packs as hold `tokens`."""
-    a_pack = roofline.pack_seconds(pack, budget, SPREAD * length, p)
-    return {kind: seconds * tokens / budget for kind, seconds in a_pack.items()}
-
-
-def step_end_seconds(model, s, cards, p):
-    """Clipping and AdamW, on one card; 0 if not traced."""
-    pack = roofline.traced_train(model, s, cards)
-    return roofline.kernel_seconds("optimizer", pack["work"]["optimizer"], p) if pack else 0.0
-
-
-def formula_flops(p):
-    """A second, of a card, where there is no trace."""
-    return p["peak_tflops"] * 1e12 * p["utilisation"]
-
-
-def decode_seconds(model, n, length, longest, cache, p):
-    """To draw n responses of mean `length` on one card with `cache` bytes for keys and values.
-
-    A step of decoding reads the weights once, and keys and values of every running sequence. There
-    are as many steps as the longest response has tokens, or as it takes if not all fit at once.
-    """
-    flops = formula_flops(p)
-    bandwidth = p["bandwidth_tbs"] * 1e12 * p["decode_efficiency"]
-    a_sequence = (p["prompt_tokens"] + SPREAD * length / 2) * model.kv_bytes()
-    at_once = max(1, min(n, p["max_seqs"], cache / a_sequence))
-    steps = max(longest, n * length / at_once)
-    a_step = p["decode_overhead_ms"] / 1e3 + 2 * model.n_params / bandwidth
-    return steps * a_step + n * length * (a_sequence / bandwidth + 2 * model.n_params / flops)
-
-
 def training_memory(model, s, cards):
-    """Part -> bytes on a card while a full pack is in backward; `s`: settings of train or rlvr."""
+    """Part -> bytes on a card while a full pack is in backward; without the pack's own part if that
+    was not traced. `s`: settings of train or rlvr."""
     pack = roofline.traced_train(model, s, cards)
     if pack:
         return pack["memory"]
+    of_weight = {"weights": 4, "gradients": 4, "optimizer": 8}
     split = cards if s["shard"] else 1
-    memory = {"weights": 4 * model.n_params / split, "gradients": 4 * model.n_params / split,
-              "optimizer": 8 * model.n_params / split}
-    if s["shard"]:                          # the root and two layers are whole for a while
-        root = model.n_output * (1 if model.tied else 2)
-        memory["gathered"] = 4 * (root + 2 * model.n_linear / model.layers)
-    else:
-        memory["bf16 copies"] = 2 * model.n_linear
-        memory["DDP buckets"] = 4 * model.n_params if cards > 1 else 0
-    layers, output = activation_bytes(model, s["token_budget"], s["gradient_checkpointing"])
-    return {**memory, "activations": layers, "output layer": output}
+    return {part: size * model.n_params / split for part, size in of_weight.items()}
 
 
 def engine_memory(model, share, p):
@@ -172,10 +105,11 @@ class Cost:
     disk: float = 0                                   # bytes
     memory: dict = field(default_factory=dict)        # part -> bytes on one card
     kinds: dict = field(default_factory=dict)         # kind of kernel -> seconds on one card
-    phases: dict = field(default_factory=dict)        # of a step of RLVR -> seconds
+    drawing: float = 0                                # seconds of a step of RLVR
+    training: float = 0                               # the same
     whole: int = 0                                    # steps of the paper, if more than these
     levers: list = field(default_factory=list)        # what a changed setting would do
-    notes: list = field(default_factory=list)
+    note: str = ""
 
 
 class Plan:
@@ -201,15 +135,19 @@ class Plan:
         return {**DEFAULTS.get(section, {}), **self.recipe.get(section, {}), **given}
 
     def cost(self, section, s):
+        """Of a command: its section and settings."""
         model = find_model(s.get("model", "")) or self.base
         if section == "prepare-base":
             return Cost(disk=4 * model.n_params)
         if section in ("teacher", "verify"):
             n, length = self.responses(s.get("samples", "teacher"))
-            return Cost(n * length, disk=n * length * TEXT_BYTES, notes=[f"{n:,} responses"])
-        if section in ("sample", "score", "select", "train", "rlvr", "eval"):
-            return getattr(self, section)(s, model)
-        return Cost()
+            return Cost(n * length, disk=n * length * TEXT_BYTES, note=f"{n:,} responses")
+        if section not in ("sample", "score", "select", "train", "rlvr", "eval"):
+            return Cost()
+        cost = getattr(self, section)(s, model)
+        if section in ("score", "train", "rlvr") and not cost.kinds and not self.toy:
+            cost.note += "; not traced (tools/trace.py), so without hours and activations"
+        return cost
 
     def responses(self, file):
         """(number, mean length) of the teacher's or the model's own responses, by their file."""
@@ -218,96 +156,90 @@ class Plan:
         s, queries = self.settings("sample"), self.p["teacher_queries"]
         return min(queries, s["limit"] or queries) * s["n"], self.p["self_tokens"]
 
+    def draw(self, n, length, longest, model, memory):
+        """Seconds to draw n responses on all cards, each with the memory of `engine_memory`."""
+        lengths = levers.lengths_of(round(n / self.cards), length, longest)
+        return levers.drain_seconds(model, lengths, memory["KV cache"], self.p)
+
     def sample(self, s, model):
         n, length = self.responses("self")
         memory = engine_memory(model, s["gpu_memory"], self.p)
-        cache = memory["KV cache"]
-        seconds = decode_seconds(model, n / self.cards, length, s["max_tokens"], cache, self.p)
         return Cost(tokens=n * length,
-                    seconds=seconds,
+                    seconds=self.draw(n, length, s["max_tokens"], model, memory),
                     disk=n * length * TEXT_BYTES,
                     memory=memory,
-                    notes=[f"{n:,} samples"])
+                    note=f"{n:,} samples")
 
     def score(self, s, model):
         n, length = self.responses(s.get("samples", "teacher"))
         tokens = n * length * (self.p["wrong_share"] if s["only"] == "wrong" else 1)
-        layers, _ = activation_bytes(model, s["token_budget"], checkpointing=False)
-        one_layer = layers / model.layers + 8 * s["token_budget"] * model.hidden
-        memory = {"weights": model.frozen_bytes(),
-                  "output layer": 8 * LOGIT_CHUNK,
-                  "activations": one_layer}
         pack = roofline.traced_pack(model, "frozen", False, s["token_budget"])
-        if pack:
-            memory = pack["memory"]
-        kinds = score_seconds(model, tokens / self.cards, length, s["token_budget"], self.p)
+        kinds = kernel_seconds(pack, tokens / self.cards, length, s["token_budget"], self.p)
         return Cost(tokens=tokens,
                     seconds=sum(kinds.values()),
                     disk=tokens * TEXT_BYTES,
-                    memory=memory,
+                    memory=pack["memory"] if pack else {"weights": model.frozen_bytes()},
                     kinds=kinds)
 
     def select(self, s, model):
         n_ul = s["n_ul"] if s["arm"] == "oxa_full" else 0
         tokens = s["n_ce"] * self.p["teacher_tokens"] + n_ul * self.p["self_tokens"]
-        notes = [f"{s['n_ce']:,} + {n_ul:,} examples"]
-        return Cost(tokens, disk=tokens * TEXT_BYTES, notes=notes)
+        return Cost(tokens, disk=tokens * TEXT_BYTES, note=f"{s['n_ce']:,} + {n_ul:,} examples")
 
     def train(self, s, model):
         steps = self.settings("select")["n_ce"] // s["ce_per_step"] * s["epochs"]
         n_ul = s["ul_per_step"] if "oxa_full" in Path(s.get("data", "oxa_full")).parts else 0
-        notes = [f"{steps:,} steps of {s['ce_per_step']} + {n_ul} sequences"]
-        total = Cost(disk=checkpoint_bytes(model, s["keep"]),
-                     memory=training_memory(model, s, self.cards),
-                     notes=notes)
+        ce_length = self.p["prompt_tokens"] + self.p["teacher_tokens"]
+        ul_length = self.p["prompt_tokens"] + self.p["self_tokens"]
+        ce_tokens = steps * s["ce_per_step"] * ce_length
+        ul_tokens = steps * n_ul * ul_length
+        tokens = ce_tokens + ul_tokens
+        length = (ce_tokens * ce_length + ul_tokens * ul_length) / tokens      # of a mean token
 
-        for n, kind in ((s["ce_per_step"], "teacher_tokens"), (n_ul, "self_tokens")):
-            length = self.p["prompt_tokens"] + self.p[kind]
-            tokens = steps * n * length
-            total.tokens += tokens
-            seconds = train_seconds(model, tokens / self.cards, length, s, self.cards, self.p)
-            for part in seconds:
-                total.kinds[part] = total.kinds.get(part, 0) + seconds[part]
-
-        total.kinds["optimizer"] = steps * step_end_seconds(model, s, self.cards, self.p)
-        total.seconds = sum(total.kinds.values())
-        total.levers = levers.train_levers(model, s, self.cards, total.kinds, self.p)
-        return total
+        pack = roofline.traced_train(model, s, self.cards)
+        here = tokens / self.cards
+        kinds = kernel_seconds(pack, here, length, s["token_budget"], self.p, steps)
+        return Cost(tokens=tokens,
+                    seconds=sum(kinds.values()),
+                    disk=checkpoint_bytes(model, s["keep"]),
+                    memory=training_memory(model, s, self.cards),
+                    kinds=kinds,
+                    levers=levers.train_levers(model, s, self.cards, kinds, self.p),
+                    note=f"{steps:,} steps of {s['ce_per_step']} + {n_ul} sequences")
 
     def rlvr(self, s, model):
         engine = engine_memory(model, s["gpu_memory"], self.p)
         memory = training_memory(model, s, self.cards)
         if not s["sleep"]:
-            memory.update(engine)
+            memory = {**memory, **engine}
         n = s["prompts_per_step"] * s["rollouts"]
-        longest = s["max_response_tokens"]
-        length = min(self.p["rlvr_tokens"], longest)
-        tokens = n * (length + self.p["prompt_tokens"])
-        drawing = decode_seconds(model, n / self.cards, length, longest, engine["KV cache"], self.p)
+        length = min(self.p["rlvr_tokens"], s["max_response_tokens"])
+        drawing = self.draw(n, length, s["max_response_tokens"], model, engine)
 
-        here = tokens / self.cards
-        kinds = train_seconds(model, here, length, s, self.cards, self.p)
-        kinds["optimizer"] = step_end_seconds(model, s, self.cards, self.p)
+        here = n * (length + self.p["prompt_tokens"]) / self.cards
+        pack = roofline.traced_train(model, s, self.cards)
+        kinds = kernel_seconds(pack, here, length, s["token_budget"], self.p, steps=1)
         training = sum(kinds.values()) * s["updates_per_batch"]
         if s["kl_coef"]:
-            memory["reference"] = model.frozen_bytes()
-            reference = score_seconds(model, here, length, s["token_budget"], self.p)
+            memory = {**memory, "reference": model.frozen_bytes()}
+            frozen = roofline.traced_pack(model, "frozen", False, s["token_budget"])
+            reference = kernel_seconds(frozen, here, length, s["token_budget"], self.p)
             training += sum(reference.values())
 
         problems = self.settings("problems")["limit"] or self.p["rlvr_problems"]
         problems = min(problems, self.p["rlvr_problems"])
         whole = problems // s["prompts_per_step"] * s["epochs"]
         steps = min(whole, s["max_steps"] or whole)
-
         return Cost(tokens=steps * n * length,
                     seconds=steps * (drawing + training),
                     disk=checkpoint_bytes(model, s["keep"]),
                     memory=memory,
                     kinds=kinds,
-                    phases={"drawing": drawing, "training": training},
+                    drawing=drawing,
+                    training=training,
                     whole=whole if steps < whole else 0,
-                    notes=[f"{steps:,} steps of {n} rollouts"],
-                    levers=levers.rlvr_levers(model, s, self.cards, self.p))
+                    levers=levers.rlvr_levers(model, s, self.cards, engine["KV cache"], self.p),
+                    note=f"{steps:,} steps of {n} rollouts")
 
     def eval(self, s, model):
         n_of = dict(pair.split("=") for pair in s["n_of"])
@@ -318,18 +250,15 @@ class Plan:
 
         length = min(self.p["eval_tokens"], s["max_tokens"])
         memory = engine_memory(model, 0.9, self.p)
-        cache = memory["KV cache"]
-        seconds = decode_seconds(model, n / self.cards, length, s["max_tokens"], cache, self.p)
-
         measured = n_problems * s["entropy_samples"] * length
-        entropy = score_seconds(model, measured / self.cards, length, s["token_budget"], self.p)
-        seconds += sum(entropy.values())
-        notes = [f"{n_problems:,} problems, {n:,} samples"]
+        pack = roofline.traced_pack(model, "frozen", False, s["token_budget"])
+        entropy = kernel_seconds(pack, measured / self.cards, length, s["token_budget"], self.p)
+        drawing = self.draw(n, length, s["max_tokens"], model, memory)
         return Cost(tokens=n * length,
-                    seconds=seconds,
+                    seconds=drawing + sum(entropy.values()),
                     disk=n * length * TEXT_BYTES,
                     memory=memory,
-                    notes=notes)
+                    note=f"{n_problems:,} problems, {n:,} samples")
 
 
 # --------------------------------------------------------------------------------- the printed plan
@@ -370,45 +299,32 @@ def describe(slow, fast, plan):
         facts.append(f"{hours} h on {plan.cards} x {plan.p['card']}")
     if slow.disk:
         facts.append(f"disk {human(slow.disk)}B")
+    if slow.note:
+        facts.append(slow.note)
+    lines = ["; ".join(facts)] if facts else []
+    if plan.toy or not slow.memory:
+        return lines
 
-    lines = ["; ".join(facts + slow.notes[:1]), *slow.notes[1:]]
-    if not plan.toy:
-        lines += step_lines(slow, fast) + memory_lines(slow, plan) + slow.levers
-    return [line for line in lines if line]
-
-
-def step_lines(slow, fast):
-    """What a step of RLVR takes, and where a card's time goes in training and scoring."""
-    lines = []
-    if slow.phases:
-        step = sum(slow.phases.values()), sum(fast.phases.values())
-        phases = []
-        for phase, seconds in slow.phases.items():
-            phases.append(f"{phase} {span(seconds, fast.phases[phase])}")
-        lines.append(f"a step {span(*step)} s: {', '.join(phases)}")
-        if slow.whole:
-            days = span(slow.whole * step[0] / 86400, slow.whole * step[1] / 86400)
-            lines.append(f"the whole {slow.whole:,} steps would take {days} days on these cards, "
-                         "for each arm; this recipe stops earlier")
-
-    if len(slow.kinds) > 1:
+    if slow.drawing:
+        step = slow.drawing + slow.training, fast.drawing + fast.training
+        lines.append(f"a step {span(*step)} s: drawing {span(slow.drawing, fast.drawing)}, "
+                     f"training {span(slow.training, fast.training)}")
+    if slow.whole:
+        days = span(slow.whole * step[0] / 86400, slow.whole * step[1] / 86400)
+        lines.append(f"the whole {slow.whole:,} steps would take {days} days on these cards, for "
+                     "each arm; this recipe stops earlier")
+    if slow.kinds:
         total = sum(slow.kinds.values())
-        told = []
+        shares = []
         for kind in sorted(slow.kinds, key=slow.kinds.get, reverse=True):
-            share = slow.kinds[kind] / total
-            if share > 0.005:
-                told.append(f"{kind} {share:.0%}")
-        lines.append(f"where a card's time goes: {', '.join(told)}")
-    return lines
-
-
-def memory_lines(cost, plan):
-    if not cost.memory:
-        return []
-    parts = " + ".join(f"{part} {size / GB:.1f}" for part, size in cost.memory.items() if size)
-    total, card = sum(cost.memory.values()) / GB, plan.p["card_gb"]
+            if slow.kinds[kind] > 0.005 * total:
+                shares.append(f"{kind} {slow.kinds[kind] / total:.0%}")
+        lines.append(f"where a card's time goes: {', '.join(shares)}")
+    parts = " + ".join(f"{part} {size / GB:.1f}" for part, size in slow.memory.items() if size)
+    total, card = sum(slow.memory.values()) / GB, plan.p["card_gb"]
     verdict = "fits" if total <= card else "DOES NOT FIT"
-    return [f"a card's memory, GB: {parts} = {total:.1f} of {card}: {verdict}"]
+    lines.append(f"a card's memory, GB: {parts} = {total:.1f} of {card}: {verdict}")
+    return lines + slow.levers
 
 
 def show(path, recipe, commands, cards):

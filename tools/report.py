@@ -419,7 +419,8 @@ def save(figure, path, caption) -> str:
 
 
 def image(name, caption) -> str:
-    return f"![]({urllib.parse.quote(f'figures/{name}')})\n\n*{safe(caption)}*"
+    caption = safe(caption)
+    return f"![{caption}](figures/{urllib.parse.quote(name)})\n\n*{caption}*"
 
 
 def draw_lines(shown, x_label, path, caption) -> str:

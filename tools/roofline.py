@@ -95,10 +95,16 @@ def traced_pack(model, way: str, checkpointing: bool, tokens: int, ranks: int = 
 
 def traced_train(model, s, cards: int) -> dict | None:
     """The traced pack of a training step; `s`: settings of train or rlvr."""
-    way = "shard" if s["shard"] else "ddp"
-    if cards == 1:
-        way = "one"
-    return traced_pack(model, way, s["gradient_checkpointing"], s["token_budget"], cards)
+    checkpointing, tokens = s["gradient_checkpointing"], s["token_budget"]
+    if cards > 1:
+        way = "shard" if s["shard"] else "ddp"
+        return traced_pack(model, way, checkpointing, tokens, cards)
+    pack = traced_pack(model, "one", checkpointing, tokens)
+    if pack is None:
+        pack = traced_pack(model, "ddp", checkpointing, tokens)
+        if pack:
+            pack["memory"]["DDP buckets"] = 0
+    return pack
 
 
 def kernel_seconds(kind: str, work: Work, p: dict) -> float:
