@@ -114,16 +114,16 @@ def load_run(path, k, beside) -> Run:
     """Every evaluation of a run. A benchmark is shown only if all of them have it."""
     path = Path(path).resolve()
     tables, graders = {}, set()
-    for folder in sorted(path.glob("seed-[0-9]*/*")):
+    for folder in sorted(path.glob("seed-*/*")):
+        seed = folder.parent.name.removeprefix("seed-")
         for when, name in WHEN.items():
             file = folder / name / "results.json"
-            if file.exists():
+            if seed.isdecimal() and file.exists():
                 results = common.parse_row(file.read_bytes(), str(file))
                 common.check_fields(results, {"grader": str, "benchmarks": dict}, str(file))
                 graders.add(results["grader"])
-                seed = int(folder.parent.name.removeprefix("seed-"))
                 found = {b: read_table(file, b) for b in results["benchmarks"]}
-                tables[seed, folder.name, when] = found
+                tables[int(seed), folder.name, when] = found
     if not tables:
         common.die(f"{path} holds no evaluation (seed-*/ARM/eval/results.json): "
                    "run the pipeline first")
@@ -342,22 +342,25 @@ def table(head, rows) -> str:
     return "\n".join(lines)
 
 
-def claims_table(worlds, pairs) -> str:
-    """Effects of `pairs` (arm, reference). worlds: [(run, its judged claims)], side by side."""
+def claims_table(worlds) -> str:
+    """The claims of the last of the worlds, [(run, its judged claims)]; side by side with those of
+    the one before it, if there are two."""
+    label_k = worlds[0][0].labels()[0]
     head = ["claim", "", "difference"]
     for run, _ in worlds:
         head += [f"{safe(run.path.name)}: effect [95 %]", "beside", "seeds", "verdict"]
     rows = []
-    for pair in pairs:
-        for name, (text, *_) in CLAIMS.items():
-            cells = []
+    for pair, found in worlds[-1][1].items():
+        for name, effect in found.items():
+            row = [name, effect["claim"].replace("Pass@k", label_k), " − ".join(pair)]
             for run, claims in worlds:
                 e = claims.get(pair, {}).get(name)
-                cells += ["–"] * 4 if e is None else [number(e, "+"), beside(e, run.labels()),
-                                                      e["seeds"], e["verdict"]]
-            if set(cells) != {"–"}:
-                rows.append([name, text, " − ".join(pair), *cells])
-    return table(head, rows).replace("Pass@k", worlds[0][0].labels()[0])
+                if e is None:
+                    row += ["–"] * 4
+                else:
+                    row += [number(e, "+"), beside(e, run.labels()), e["seeds"], e["verdict"]]
+            rows.append(row)
+    return table(head, rows)
 
 
 def beside(effect, labels) -> str:
@@ -375,10 +378,11 @@ def arms_table(run, summary, place) -> str:
     for arm, found in summary.items():
         for when, places in found.items():
             m = places[place]
-            rows.append([safe(arm), when, number(m["pass_at_1"]), number(m["pass_at_k"]),
-                         number(m["pass_at_n"]), number(m["entropy"]),
-                         f"{m['mean_tokens']['value']:.0f}",
-                         f"{m['truncation_rate']['value']:.1%}"])
+            row = [safe(arm), when]
+            row += [number(m[name]) for name in ("pass_at_1", "pass_at_k", "pass_at_n", "entropy")]
+            row.append(f"{m['mean_tokens']['value']:.0f}")
+            row.append(f"{m['truncation_rate']['value']:.1%}")
+            rows.append(row)
     head = ["arm", "RLVR", "Pass@1", *run.labels(), "entropy, nats", "tokens", "cut"]
     return table(head, rows)
 
@@ -461,21 +465,21 @@ def figure_claims(run, claims, out) -> str:
 
 def figure_perplexity(run, out) -> str:
     """The verified teacher responses over perplexity, the Gaussian's target, and what it took."""
-    for path in sorted(run.path.glob("seed-*/oxa_*/train.meta.json")):
-        meta = common.read_meta(path.with_name("train.jsonl"))
-        bins = meta.get("bins")
-        if bins:
-            x = [b["low"] for b in bins]
-            available = np.array([b["available"] for b in bins])
-            target = np.array([b["target"] for b in bins])
-            actual = np.array([b["actual"] for b in bins])
-            shown = {"verified responses": {"teacher": (x, [available, 0 * available, available])},
-                     "selected": {"target": (x, [target] * 3),
-                                  "oxa_mle": (x, [actual, 0 * actual, actual])}}
-            caption = (f"Gaussian-guided selection ({path.parts[-3]}), responses of each bin: "
-                       f"{meta['ce']['actual']:,} of {meta['ce']['target']:,} wanted.")
-            return draw_lines(shown, "perplexity", out / "perplexity.png", caption)
-    return ""
+    metas = [common.read_meta(path) for path in sorted(run.path.glob("seed-*/oxa_*/train.jsonl"))]
+    metas = [meta for meta in metas if meta and meta.get("bins")]
+    if not metas:
+        return ""
+    meta = metas[0]
+    x = [b["low"] for b in meta["bins"]]
+    available = np.array([b["available"] for b in meta["bins"]])
+    target = np.array([b["target"] for b in meta["bins"]])
+    actual = np.array([b["actual"] for b in meta["bins"]])
+    shown = {"verified responses": {"teacher": (x, [available, 0 * available, available])},
+             "selected": {"target": (x, [target, target, target]),
+                          "oxa_mle": (x, [actual, 0 * actual, actual])}}
+    caption = (f"Gaussian-guided selection (seed {run.seeds[0]}), responses of each bin: "
+               f"{meta['ce']['actual']:,} of {meta['ce']['target']:,} wanted.")
+    return draw_lines(shown, "perplexity", out / "perplexity.png", caption)
 
 
 def figure_pass_at_k(run, out) -> str:
@@ -563,11 +567,9 @@ def compose(worlds, summary, out) -> list[str]:
     parts = [f"# {safe(run.path.name)}: what was reproduced", first_paragraph(claims),
              figure_claims(run, claims, out)]
     if claims:
-        parts += ["## Claims", claims_table(worlds[:1], claims), RULE]
+        parts += ["## Claims", claims_table(worlds[:1]), RULE]
     if worlds[1:]:
-        other, others = worlds[1]
-        parts += [f"## The contrast: {safe(other.path.name)}",
-                  claims_table(worlds, others)]
+        parts += [f"## The contrast: {safe(worlds[1][0].path.name)}", claims_table(worlds)]
     parts += ["## Arms", "Means over seeds, with 95 % intervals over problems and seeds."]
     if run.left_out:
         parts.append("Left out, because not every evaluation has it: "
