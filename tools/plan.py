@@ -20,6 +20,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,7 +212,7 @@ class Plan:
         engine = engine_memory(model, s["gpu_memory"], self.p)
         memory = training_memory(model, s, self.cards)
         if not s["sleep"]:
-            memory = {**memory, **engine}
+            memory |= engine
         n = s["prompts_per_step"] * s["rollouts"]
         length = min(self.p["rlvr_tokens"], s["max_response_tokens"])
         drawing = self.draw(n, length, s["max_response_tokens"], model, engine)
@@ -221,7 +222,7 @@ class Plan:
         kinds = kernel_seconds(pack, here, length, s["token_budget"], self.p, steps=1)
         training = sum(kinds.values()) * s["updates_per_batch"]
         if s["kl_coef"]:
-            memory = {**memory, "reference": model.frozen_bytes()}
+            memory["reference"] = model.frozen_bytes()
             frozen = roofline.traced_pack(model, "frozen", False, s["token_budget"])
             reference = kernel_seconds(frozen, here, length, s["token_budget"], self.p)
             training += sum(reference.values())
@@ -335,31 +336,27 @@ def show(path, recipe, commands, cards):
     billions = plan.base.n_params / 1e9
     print(f"Plan of {path}: {plan.base_name}, {billions:.3f} billion parameters, {place}")
 
-    hours, disk = {}, 0
+    slow_hours, fast_hours, disk = Counter(), Counter(), 0          # hours by section
     for number, line in enumerate(commands, 1):
         print(f"[{number}] {line}")
         section, settings = read_command(shlex.split(line), plan)
         if section:
             slow, fast = plan.cost(section, settings), kinder.cost(section, settings)
-            if section in hours:
+            if section in slow_hours:
                 slow.levers.clear()                 # told under the first command
             disk += slow.disk
-            before = hours.get(section, (0, 0))
-            hours[section] = (before[0] + slow.seconds / 3600,
-                              before[1] + fast.seconds / 3600)
+            slow_hours[section] += slow.seconds / 3600
+            fast_hours[section] += fast.seconds / 3600
             for text in describe(slow, fast, plan):
                 print(f"      {text}")
     print(f"\nIn all: disk {human(disk)}B", end="")
     if plan.toy:
         print("; minutes on a CPU, see docs/LOG.md")
     else:
-        slow = sum(pair[0] for pair in hours.values())
-        fast = sum(pair[1] for pair in hours.values())
+        slow, fast = slow_hours.total(), fast_hours.total()
         card_hours = span(slow * plan.cards, fast * plan.cards)
-        parts = []
-        for section, pair in hours.items():
-            if pair[0]:
-                parts.append(f"{section} {span(*pair, digits=1)} h")
+        parts = [f"{section} {span(slow_hours[section], fast_hours[section], digits=1)} h"
+                 for section in +slow_hours]
         print(f", {span(slow, fast, digits=1)} h on {plan.cards} cards = {card_hours} card hours "
               f"({', '.join(parts)})")
         named = {**ASSUMED, **recipe.get("plan", {})}

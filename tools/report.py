@@ -575,7 +575,8 @@ def compose(worlds, summary, out) -> list[str]:
         parts.append("Left out, because not every evaluation has it: "
                      f"{safe(', '.join(sorted(run.left_out)))}.")
     if len(run.counted) > 1:
-        parts += [f"### Average over {safe(', '.join(run.counted))}",
+        n = sum(run.n_problems[b] for b in run.counted)
+        parts += [f"### Average over {safe(', '.join(run.counted))} ({n} problems)",
                   arms_table(run, summary, "average")]
     for b, n in run.n_samples.items():
         aside = "" if b in run.counted else "; in no claim and no average"
