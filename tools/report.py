@@ -188,7 +188,7 @@ def measured(table, measure) -> np.ndarray:
         return table[measure]
     if measure > table["n"].min():          # on a benchmark that stands beside
         return np.full(len(table["n"]), np.nan)
-    counts = zip(table["n"], table["n_correct"])
+    counts = zip(table["n"].tolist(), table["n_correct"].tolist())
     return np.array([common.pass_at_k(n, n_correct, measure) for n, n_correct in counts])
 
 
@@ -597,11 +597,13 @@ def write_summary(worlds, arms, path):
             judged.append({"world": world.path.name, "arm": arm, "reference": reference,
                            "claims": join_parts(found)})
     label_k, label_n = run.labels()
-    content = {"schema": "summary", "schema_version": common.SCHEMA_VERSION, "run": run.path.name,
-               "seeds": run.seeds, "benchmarks": run.n_problems, "averaged_over": run.counted,
-               "k": run.k or "n", "pass_at_k_label": label_k, "pass_at_n_label": label_n,
-               "smallest_effect": SMALLEST_EFFECT, "claims": judged, "arms": arms,
-               "provenance": provenance(run)}
+    content = {
+        "schema": "summary", "schema_version": common.SCHEMA_VERSION, "run": run.path.name,
+        "seeds": run.seeds, "benchmarks": run.n_problems, "averaged_over": run.counted,
+        "k": run.k or "n", "pass_at_k_label": label_k, "pass_at_n_label": label_n,
+        "smallest_effect": SMALLEST_EFFECT, "claims": judged, "arms": arms,
+        "provenance": provenance(run),
+    }
     with common.replace_file(path) as file:
         json.dump(content, file, indent=1)
 
