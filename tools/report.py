@@ -352,7 +352,8 @@ def claims_table(worlds) -> str:
     rows = []
     for pair, found in worlds[-1][1].items():
         for name, effect in found.items():
-            row = [name, effect["claim"].replace("Pass@k", label_k), " − ".join(pair)]
+            row = [text.replace("Pass@k", label_k) for text in (name, effect["claim"])]
+            row.append(" − ".join(pair))
             for run, claims in worlds:
                 e = claims.get(pair, {}).get(name)
                 if e is None:
@@ -508,7 +509,7 @@ def figure_training(run, stage, out) -> str:
                 y = np.array(list(zip(*series)), dtype=float)
                 curve = [y.mean(axis=1), y.min(axis=1), y.max(axis=1)]
                 shown.setdefault(title, {})[arm] = (np.arange(1, len(y) + 1), curve)
-    caption = f"{stage}: mean over seeds, the band their range."
+    caption = f"Metrics of {stage}: means over seeds, the band their range."
     return draw_lines(shown, "optimizer step", out / f"{stage}.png", caption)
 
 
