@@ -42,7 +42,7 @@ def at_end(assumed: dict, end: int) -> dict:
 # Kinds of kernels, and the share of which peak bounds each.
 COMPUTING = {"products": "products_share", "output products": "products_share",
              "attention": "attention_share"}
-MOVING = ("elementwise", "output elementwise", "casts")     # what compiling a layer would fuse
+FUSED = ("elementwise", "casts")             # what compiling a decoder layer can fuse
 
 
 @dataclass
