@@ -914,6 +914,7 @@ def add_teacher_flags(add):
     add("--problems", metavar="JSONL", help="problems rows for --answers join")
     add("--problems-out", metavar="JSONL", help="problems rows of the imported responses")
     add("--out", required=True, metavar="JSONL", help="samples rows")
+    common.add_force_flag(add)
 
 
 def add_model_flags(add):
@@ -938,6 +939,7 @@ def add_model_flags(add):
     add("--kv-cache-gb", type=float, default=0,
         help="KV cache of vLLM in GiB; 0: what --gpu-memory leaves")
     add("--out", required=True, metavar="JSONL", help="samples rows")
+    common.add_force_flag(add)
 
 
 def parse_args(argv=None):

@@ -89,6 +89,7 @@ def parse_args(argv=None):
     p.add_argument("--samples", required=True, help="samples JSONL")
     p.add_argument("--problems", required=True, help="problems JSONL with the answers")
     p.add_argument("--out", required=True, help="verified JSONL; goes on where it stopped")
+    common.add_force_flag(p.add_argument)
     p.add_argument("--workers", type=int, default=0, help="grading processes; 0: one per core")
     p.add_argument("--block", type=int, default=4096, help="rows graded and written at a time")
 
@@ -96,6 +97,7 @@ def parse_args(argv=None):
     p.add_argument("--samples", required=True, help="verified JSONL")
     p.add_argument("--model", required=True, help="the base model: directory or hub id")
     p.add_argument("--out", required=True, help="scored JSONL; goes on where it stopped")
+    common.add_force_flag(p.add_argument)
     p.add_argument("--only", choices=("all", "correct", "wrong"), default="all",
                    help="score and keep only these rows")
     p.add_argument("--ppl-context", choices=("response", "prompt"), default="response",

@@ -58,6 +58,7 @@ def parse_args(argv=None):
         help="training set of 02 select (JSONL)")
     add("--out", required=True,
         help="directory of this run")
+    common.add_force_flag(add)
     add_instruction_flag(add)
     add("--lr", type=float, default=2.5e-4,
         help="peak learning rate (paper: 2.5e-4 for 1.5B, 5e-5 for 7B)")
@@ -385,6 +386,7 @@ def main(argv=None):
         inputs = [args.data, model_dir(args.model)]
         common.start_output(out / "metrics.jsonl", "metrics", args, inputs, MAY_DIFFER, run=out)
         sweep(out)
+    common.barrier()                                   # --force may have removed a finished run
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 

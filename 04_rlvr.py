@@ -86,6 +86,7 @@ def parse_args(argv=None):
         help="problems (JSONL: pid, problem, answer)")
     add("--out", required=True,
         help="directory of this run")
+    common.add_force_flag(add)
     add_instruction_flag(add)
     add("--engine", default="auto", choices=["auto", "hf", "vllm"],
         help="what draws the rollouts (auto: vLLM on a GPU)")
@@ -650,6 +651,7 @@ def main(argv=None):
         inputs = [args.problems, model_dir(args.model)]
         common.start_output(out / "rollouts.jsonl", "rollouts", args, inputs, MAY_DIFFER, run=out)
         sweep(out)
+    common.barrier()                                   # --force may have removed a finished run
     if (out / "final" / "config.json").exists():
         return say(f"{out / 'final'} is there: nothing to do")
 

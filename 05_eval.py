@@ -89,6 +89,7 @@ def parse_args(argv=None):
         help="one problems.jsonl a benchmark: pid, problem, answer")
     add("--out", required=True,
         help="directory of the results; continued if it holds some")
+    common.add_force_flag(add)
     add_instruction_flag(add)
     add("--n", type=int, default=32,
         help="samples a problem; a larger one keeps those that are there")
@@ -124,6 +125,8 @@ def parse_args(argv=None):
     args = common.parse_args(parser, "eval", argv)
     common.check_range(args, ["top_p"], n=1, max_tokens=1, entropy_samples=0, token_budget=1,
                        temperature=0, verify_workers=1, show=0)
+    if args.force and (args.regrade or args.model is None):
+        die("--force draws the responses anew: it needs --model, and goes without --regrade")
     if 0 < args.temperature < 0.01:               # vLLM would take 0.01
         die(f"--temperature must be 0 (greedy) or at least 0.01, got {args.temperature}")
     return args
@@ -215,8 +218,12 @@ def open_benchmarks(args) -> list[Benchmark]:
 def begin(bench, args):
     """Rank 0, before responses are drawn: those that are there must have been drawn alike."""
     check_instruction(args.model, args.instruction)
-    old = common.read_meta(bench.rows) or {}
-    common.start_output(bench.rows, "eval", args, [bench.source, model_dir(args.model)], FREE)
+    inputs = [bench.source, model_dir(args.model)]
+    out = Path(args.out)
+    beside = [bench.entropy, bench.table, out / f"{bench.name}.disagreements.jsonl",
+              out / "results.json"]               # which holds one model at one setting
+    old = {} if args.force else common.read_meta(bench.rows) or {}
+    common.start_output(bench.rows, "eval", args, inputs, FREE, beside=beside)
     bench.note(grader=old.get("grader"))          # of the verdicts that are there already
 
 
@@ -734,10 +741,10 @@ def main(argv=None):
         common.claim_output(Path(args.out) / "results.json")
         for bench in benches:
             common.claim_output(bench.rows, [bench.source])
-            bench.merge()
             if draws:
                 begin(bench, args)
-            elif not bench.rows.exists():
+            bench.merge()
+            if not draws and not bench.rows.exists():
                 die(f"{bench.rows} does not exist: --model is needed to draw responses")
         refuse_mixed_settings(benches, args.out)
         if draws:

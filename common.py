@@ -56,6 +56,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -175,6 +176,12 @@ def add_command(commands, name: str, help: str, section: str | None = None) -> P
     return parser
 
 
+def add_force_flag(add):
+    """For commands whose output grows, and is gone on with by the next start."""
+    add("--force", action="store_true",
+        help="start over: remove what an earlier run of this command left at --out")
+
+
 def parse_args(parser: Parser, section: str | None = None, argv=None) -> argparse.Namespace:
     """Command line over recipe over built-in defaults. With sub-commands the section is the
     sub-command's.
@@ -224,6 +231,8 @@ def use_recipe(flags: dict, recipe, section: str):
 
 def misfit(value, flag: argparse.Action) -> str | None:
     """Why a flag cannot have this value of a recipe, or None."""
+    if flag.dest == "force":
+        return "would start over every time; it is for the command line alone"
     if flag.nargs == 0:                                      # a switch
         return None if type(value) is bool else "is not true or false (without quotes)"
     if flag.nargs in ("*", "+"):
@@ -779,7 +788,8 @@ def provenance() -> dict:
 def write_meta(path, schema: str, args, inputs=(), rows: int | None = None, **more):
     """`X.meta.json` beside `X.jsonl`: schema, commit, arguments, versions, hashes of the inputs,
     rows, and `more`."""
-    meta = {"schema": schema, "schema_version": SCHEMA_VERSION, "args": vars(args), "rows": rows,
+    settings = {name: value for name, value in vars(args).items() if name != "force"}
+    meta = {"schema": schema, "schema_version": SCHEMA_VERSION, "args": settings, "rows": rows,
             **provenance(), "inputs": hashes_of(inputs), **more}
     with replace_file(meta_path(path)) as file:
         json.dump(meta, file, indent=1, default=str)
@@ -812,19 +822,22 @@ def claim_output(path, inputs=()):
     lock(path)
 
 
-def start_output(path, schema: str, args, inputs=(), may_differ=(), run=None):
+def start_output(path, schema: str, args, inputs=(), may_differ=(), run=None, beside=()):
     """Claim an output that will grow, and write its sidecar (rows: null). If it was begun with
-    other arguments or inputs, refuse to mix the two.
+    other arguments or inputs, refuse to mix the two, or start over (--force).
 
     `inputs`: files, and model directories. `may_differ`: arguments that do not change the rows
     (workers, batch sizes). `run`: the directory of a training run, whose settings belong to its
-    checkpoints: they are held to as long as one of these is there.
+    checkpoints: they are held to as long as one of these is there. `beside`: other files of this
+    output, which --force removes too.
     """
     path = Path(path)
     claim_output(path, inputs)
+    if vars(args).get("force"):
+        remove_earlier(path, schema, inputs, run, beside)
     begun = [part for part in (path, *parts_of(path)) if part.exists() and part.stat().st_size]
     if run:
-        begun += [*Path(run).glob("step-*"), *Path(run).glob("final")]
+        begun += [*Path(run).glob("step-[0-9]*/"), *Path(run).glob("final/")]
     old, where = read_meta(path), run or path
     if begun and run and old is None:
         die(f"{begun[0]} is there, but {meta_path(path)}, which says what made it, is not; "
@@ -833,8 +846,56 @@ def start_output(path, schema: str, args, inputs=(), may_differ=(), run=None):
         changed = changed_settings(old, schema, args, inputs, may_differ)
         if changed:
             die(f"{where} was begun with other settings ({', '.join(changed)}); "
-                f"remove {where} or choose another --out")
+                f"remove {where} or choose another --out; --force starts over")
     write_meta(path, schema, args, inputs, rows=None)
+
+
+# What 03 and 04 leave in the directory of a run, and of what kinds the files of a checkpoint are.
+OF_A_RUN = ("final/", "step-[0-9]*/", "metrics.jsonl", "rollouts.jsonl", "tokens.bin",
+            "tokens.npz", "bad_batch.rank*.json")
+OF_A_CHECKPOINT = (".json", ".safetensors", ".pt", ".jinja", ".txt", ".model")
+
+
+def remove_earlier(path: Path, schema: str, inputs, run=None, beside=()):
+    """--force: remove what an earlier run of this command left, and nothing else. That it was this
+    command's is what the sidecar says; so the sidecar goes last, and without it nothing goes.
+    """
+    left = [path, *parts_of(path)]
+    for pattern in OF_A_RUN if run else ():
+        left += sorted(Path(run).glob(pattern))
+    left = [item for item in dict.fromkeys(left) if item.exists()]
+    old = read_meta(path)
+    if old is None or old.get("schema") != schema:
+        if left:
+            die(f"--force: {left[0]} is there, but no {meta_path(path)} that says that this "
+                "command made it; remove it yourself or choose another --out")
+        return
+    for other in beside:
+        left += [item for item in (other, *parts_of(other)) if item.exists()]
+    for item in left:
+        refuse_to_remove(item, inputs)
+    for item in left:
+        if item.is_dir():
+            aside = item.with_name(f".{item.name}.tmp")      # so that no half of it has a good name
+            shutil.rmtree(aside, ignore_errors=True)         # of an earlier kill
+            os.replace(item, aside)
+            shutil.rmtree(aside)
+        else:
+            item.unlink()
+    meta_path(path).unlink(missing_ok=True)
+
+
+def refuse_to_remove(item: Path, inputs):
+    """Dies if `item` is an input or holds one, is a link or a device, or a directory with files
+    that are not of a checkpoint."""
+    for given in inputs:
+        if given and item.resolve() in (Path(given).resolve(), *Path(given).resolve().parents):
+            die(f"--force: {item} is, or holds, an input of this command; choose another --out")
+    if item.is_symlink() or not (item.is_file() or item.is_dir()):
+        die(f"--force: {item} is a link or device; remove it yourself or choose another --out")
+    for file in item.iterdir() if item.is_dir() else ():
+        if file.is_symlink() or not file.is_file() or file.suffix not in OF_A_CHECKPOINT:
+            die(f"--force: {file} is not of a checkpoint; move it away or choose another --out")
 
 
 def changed_settings(old: dict, schema: str, args, inputs, may_differ) -> list[str]:
@@ -845,7 +906,8 @@ def changed_settings(old: dict, schema: str, args, inputs, may_differ) -> list[s
                        f"now {schema} {SCHEMA_VERSION}")
     old_args = old.get("args", {})
     for name, value in vars(args).items():
-        if name not in ("recipe", "out", *may_differ) and str(old_args.get(name)) != str(value):
+        is_free = name in ("recipe", "out", "force", *may_differ)
+        if not is_free and str(old_args.get(name)) != str(value):
             changed.append(name)
     hashes, old_hashes = hashes_of(inputs), old.get("inputs", {})
     for path, digest in hashes.items():

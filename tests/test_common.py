@@ -423,6 +423,63 @@ def test_the_settings_of_a_run_belong_to_its_checkpoints(tmp_path, capsys):
     assert "step-000010 is there, but" in said and "metrics.meta.json" in said
 
 
+def test_force_starts_over(begun, capsys):
+    data, model, out = begun
+    write_rows(common.part_path(out, 1), {"sid": "b"})
+    foreign = [write_rows(out.with_name(name), {}) for name in ("out.rankings.jsonl", "out.jsonl.old", "notes.txt")]
+    refused(capsys, common.start_output, out, "samples", settings(n=3), [data, model])
+    common.start_output(out, "samples", settings(n=3, force=True), [data, model])
+    assert not out.exists() and not common.parts_of(out) and all(path.exists() for path in foreign)
+    meta = common.read_meta(out)
+    assert meta["args"]["n"] == 3 and "force" not in meta["args"] and data.exists() and model.exists()
+    write_rows(out, {"sid": "a"})
+    common.start_output(out, "samples", settings(n=3), [data, model])          # goes on, without the flag
+    assert out.exists()
+
+
+def all_but_locks(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix != ".lock")
+
+
+def test_force_removes_only_what_this_command_made(begun, capsys):
+    data, model, out = begun
+
+    def said(path=out, schema="samples", inputs=(data,), **more):
+        before = all_but_locks(path.parent)
+        words = refused(capsys, common.start_output, path, schema, settings(force=True), inputs, **more)
+        assert all_but_locks(path.parent) == before
+        return words
+
+    assert "no" in said(schema="eval") and "that says that this command made it" in said(schema="eval")
+    hand_made = write_rows(out.with_name("mine.jsonl"), {"sid": "a"})
+    assert "mine.jsonl is there, but no" in said(hand_made)
+
+    run = out.parent / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "final/config.json").write_text("{}")
+    log = run / "metrics.jsonl"
+    assert "final is there, but no" in said(log, "metrics", run=run)
+    common.write_meta(log, "metrics", settings())
+    assert "final is, or holds, an input" in said(log, "metrics", [run / "final"], run=run)
+    (run / "final/eval").mkdir()
+    assert "final/eval is not of a checkpoint" in said(log, "metrics", run=run)
+    (run / "final/eval").rmdir()
+    (run / "step-000001").symlink_to(model)
+    assert "step-000001 is a link or device" in said(log, "metrics", run=run)
+    (run / "step-000001").unlink()
+    (run / "step-1.log").write_text("mine")
+    common.start_output(log, "metrics", settings(force=True), [data], run=run)
+    assert {path.name for path in run.iterdir()} == {"step-1.log", "metrics.meta.json", "metrics.jsonl.lock"}
+
+
+def test_a_recipe_cannot_start_over(tmp_path, capsys):
+    (tmp_path / "r.toml").write_text("[train]\nforce = true\n")
+    parser = common.make_parser("x")
+    common.add_force_flag(parser.add_argument)
+    words = ["--recipe", str(tmp_path / "r.toml")]
+    assert "force = True would start over every time" in refused(capsys, common.parse_args, parser, "train", words)
+
+
 def test_a_second_process_on_one_output_is_refused_until_the_first_ends(tmp_path):
     out = tmp_path / "out.jsonl"
 

@@ -143,6 +143,38 @@ def test_what_is_accepted_is_meant(world, tmp_path, monkeypatch, stages, change,
         assert run_here(stage, more) == 0
 
 
+# --------------------------------------------------------------------------------------- starting over
+
+OTHER = {"teacher": "--limit 5", "model": "--seed 7", "verify": "--problems others.jsonl", "score": "--only wrong",
+         "train": "--lr 2e-3", "rlvr": "--lr 2e-3", "eval": "--seed 7"}
+FOREIGN = ("out.rankings.jsonl", "out.txt", "run/notes.txt", "run/step-1.log", "run/problems.rank.jsonl", "run/x/final/a")
+
+
+@pytest.mark.parametrize("stage", OTHER)
+def test_other_settings_are_refused_and_force_starts_over(world, tmp_path, monkeypatch, capsys, stage):
+    """What --force leaves is what a first run leaves, and files that are not the stage's."""
+    ends = []
+    for name in ("fresh", "again"):
+        folder = copy_of(world, tmp_path / name)
+        others = [{**json.loads(line), "answer": "1"} for line in (folder / "problems.jsonl").read_text().splitlines()]
+        write(folder / "others.jsonl", others)
+        for path in FOREIGN:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text("mine")
+        monkeypatch.chdir(folder)
+        more = OTHER[stage].split()
+        if name == "again":
+            assert run_here(stage) == 0
+            before = contents(folder)
+            assert run_here(stage, more) == 2
+            assert "--force starts over" in capsys.readouterr().err and differences(contents(folder), before) == []
+            more.append("--force")
+        assert run_here(stage, more) == 0
+        ends.append(contents(folder))
+    assert differences(*ends) == [] and differences(before, ends[0]) != []
+    assert all((folder / path).read_text() == "mine" for path in FOREIGN)
+
+
 # ----------------------------------------------------------------------------------- kills and stops
 
 GROWING = ("teacher", "model", "verify", "score", "select", "train", "rlvr", "eval")
