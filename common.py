@@ -1027,15 +1027,79 @@ def init_distributed(patience_hours: float = 0.5) -> Dist:
     if not torch_dist.is_initialized():
         patience = datetime.timedelta(hours=patience_hours)
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
-        atexit.register(end_distributed)
+        atexit.register(end_distributed, Heartbeat())
     device = f"cuda:{local}" if cuda else "cpu"
     return Dist(torch_dist.get_rank(), torch_dist.get_world_size(), device)
 
 
-def end_distributed() -> None:
+class Heartbeat(threading.Thread):
+    """Ends this process when another rank falls silent: one that is stopped, or whose machine is
+    gone, would keep the others waiting in a collective for hours.
+
+    Every rank counts its beats in the job's store, a tenth of RANK_SILENCE (seconds; 25 if that is
+    not set) apart, and looks at the counts of the others. Ten looks in a row that find a count
+    unchanged are silence: no clocks are compared, and while the whole job sleeps nobody looks. 25
+    seconds, and the 30 that torchrun gives a rank to listen, are less than a minute.
+
+    A step of any length is no silence: torch gives the interpreter's lock away while it computes,
+    waits, loads and saves, so this thread goes on. A rank that is alive and comes to no end is not
+    noticed here, but by the others' patience (init_distributed).
+
+    A torchrun that is killed cannot stop its ranks: they notice, and act as on SIGTERM.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.rank, self.world = torch_dist.get_rank(), torch_dist.get_world_size()
+        silence = os.environ.get("RANK_SILENCE", "25")
+        if not re.fullmatch(r"[1-9]\d{0,5}", silence):
+            die(f"RANK_SILENCE is a whole number of seconds, not {silence!r}")
+        self.silence = int(silence)
+        self.leaving = threading.Event()
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch_dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = torch_dist.PrefixStore(f"heartbeat {attempt}", store)
+        self.store.add(f"beats of {self.rank}", 1)
+        self.start()
+
+    def run(self):
+        last, unchanged = {}, dict.fromkeys(range(self.world), 0)
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        try:
+            while not self.leaving.wait(self.silence / 10):
+                if self.torchrun and os.getppid() != self.torchrun:
+                    return os.kill(os.getpid(), signal.SIGTERM)
+                self.store.add(f"beats of {self.rank}", 1)
+                for rank in others:
+                    beats = self.store.add(f"beats of {rank}", 0)
+                    is_still = beats == last.get(rank) and beats > 0     # at 0 it is starting
+                    unchanged[rank] = unchanged[rank] + 1 if is_still else 0
+                    last[rank] = beats
+                    if unchanged[rank] >= 10 and not self.store.add(f"{rank} left", 0):
+                        self.give_up(rank)
+            self.store.add(f"{self.rank} left", 1)
+        except RuntimeError:
+            return                       # the store is gone: the job is ending, others say why
+
+    def give_up(self, rank: int):
+        line = (f"error: rank {rank} has not answered for {self.silence} s: the job is stopped; "
+                "the same command goes on from here\n")
+        os.write(2, line.encode())
+        os._exit(1)
+
+    def leave(self):
+        """This rank ends, be it well or badly: its silence from now on is no alarm."""
+        self.leaving.set()
+        self.join(timeout=5)
+
+
+def end_distributed(heartbeat: Heartbeat) -> None:
     """At exit. A gloo worker lets go of the last tensor after the ranks have gone on, and needs the
     interpreter's lock to do so: asking for it once the interpreter is ending aborts the process.
     Sleeping gives the lock away in time."""
+    heartbeat.leave()
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
         time.sleep(0.2)
