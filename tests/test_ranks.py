@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+from pathlib import Path
+
 import pytest
 from conftest import ROOT
+from test_faults import make_world, write
 
 RANK = """
 import os, signal, sys, time
@@ -97,3 +100,73 @@ def test_a_job_that_sleeps_as_a_whole_goes_on(tmp_path):
             rank.send_signal(number)
         time.sleep(4 if number == signal.SIGSTOP else 0)
     assert end_of(ranks) == [(0, ""), (0, "")]
+
+
+# ------------------------------------------------------------------------------------------------ under torchrun
+
+# Five problems on two ranks: one has three of them and the other two.
+UNEVEN = ("04_rlvr.py --model model --problems problems20.jsonl --out run --lr 1e-3 --epochs 1000 --prompts-per-step 5 "
+          "--rollouts 24 --max-prompt-tokens 500 --max-response-tokens 12 --token-budget 600 --verify-workers 1")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    make_world(folder)
+    write(folder / "problems20.jsonl", [{"pid": f"p{i}", "problem": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(20)])
+    return folder
+
+
+def processes(run):
+    """{process id: its rank, or None} of all that carry TEST_RUN=run: torchrun, ranks, verifier workers."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+        except OSError:                                      # ended meanwhile
+            continue
+        if f"TEST_RUN={run}".encode() in words:              # not a zombie, which has no environment any more
+            ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
+            found[int(process.name)] = ranks[0] if ranks and b"04_rlvr.py" in command else None
+    return found
+
+
+def wait_until(condition, seconds):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, code, said", [
+    ("SIGTERM", 1, "stopped; step"), ("Ctrl-C", 1, "stopped; step"), ("kill -9 of torchrun", -9, "stopped; step"),
+    ("kill -9 of a rank", 1, "rank 0 lost the other ranks"), ("a rank is stopped", 1, "rank 1 has not answered for 5 s")])
+def test_under_torchrun_nothing_is_left(inputs, tmp_path, name, code, said):
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = UNEVEN.replace("--out run", f"--out {out}").split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--",
+               str(ROOT / words[0]), *words[1:]]
+    env = {**os.environ, "TEST_RUN": str(out), "RANK_SILENCE": "5", "TOKENIZERS_PARALLELISM": "false"}
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(command, cwd=inputs, env=env, stdout=file, stderr=file, start_new_session=True)
+    metrics = out / "metrics.jsonl"
+    try:
+        wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2 or launcher.poll() is not None, 180)
+        assert launcher.poll() is None, log.read_text()
+        rank_1 = next(pid for pid, rank in processes(out).items() if rank == 1)
+        {"SIGTERM": launcher.terminate, "kill -9 of torchrun": launcher.kill,
+         "Ctrl-C": lambda: os.killpg(launcher.pid, signal.SIGINT),
+         "kill -9 of a rank": lambda: os.kill(rank_1, signal.SIGKILL),
+         "a rank is stopped": lambda: os.kill(rank_1, signal.SIGSTOP)}[name]()
+        # a rank that does not listen is killed by torchrun after 30 s: only the one that is stopped may need that
+        wait_until(lambda: launcher.poll() is not None and not processes(out), 60 if name == "a rank is stopped" else 28)
+    finally:
+        for pid in processes(out):
+            os.kill(pid, signal.SIGKILL)
+        launcher.wait()
+    text = log.read_text()
+    assert launcher.returncode == code and said in text, text
+    rows, saved = metrics.read_text().count("\n"), sorted(path.name for path in out.glob("step-*"))
+    assert "stopped;" not in said or saved[-1] == f"step-{rows:06d}"
