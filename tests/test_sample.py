@@ -759,8 +759,8 @@ def test_prepare_base_leaves_nothing_half_made(old_base, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("name, content, said", [
-    ("model.safetensors", b"", "no whole weights"), ("model.safetensors", b"\xff" * 100, "no whole weights"),
-    ("model.safetensors", None, "no whole weights"), ("config.json", b"{", "config.json cannot be read"),
+    ("model.safetensors", b"", "is not whole"), ("model.safetensors", b"\xff" * 100, "is not whole"),
+    ("model.safetensors", None, "is not whole"), ("config.json", b"{", "config.json cannot be read"),
     ("tokenizer_config.json", b"[", "tokenizer")])
 def test_prepare_base_refuses_broken_files(old_base, tmp_path, capsys, name, content, said):
     whole = (old_base / name).read_bytes()
@@ -769,11 +769,11 @@ def test_prepare_base_refuses_broken_files(old_base, tmp_path, capsys, name, con
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"num_hidden_layers": 3, "layer_types": None}, "are not there (model.layers.2."),
-    ({"num_hidden_layers": 1, "layer_types": None}, "are not of config.json's"),
-    ({"hidden_size": 32}, "has the shape"), ({"intermediate_size": 64}, "has the shape"),
-    ({"use_sliding_window": True}, "sliding-window"), ({"model_type": "bert"}, "are not there"),
-    ({"tie_word_embeddings": True}, "lm_head.weight differs"), ({"vocab_size": 300}, "the embedding has 264 rows"),
+    ({"num_hidden_layers": 3, "layer_types": None}, "the weights lack model.layers.2."),
+    ({"num_hidden_layers": 1, "layer_types": None}, "config.json has no parameter"),
+    ({"hidden_size": 32}, "config.json makes it"), ({"intermediate_size": 64}, "config.json makes it"),
+    ({"use_sliding_window": True}, "sliding-window"), ({"model_type": "bert"}, "config.json"),
+    ({"tie_word_embeddings": True}, "lm_head.weight differs"), ({"vocab_size": 300}, "config.json makes it [300"),
     ({"rope_scaling": {"type": "yarn", "factor": 4}}, "plain RoPE")])
 def test_prepare_base_refuses_what_does_not_belong_together(old_base, tmp_path, capsys, change, said):
     config = json.loads((old_base / "config.json").read_text())
@@ -786,7 +786,7 @@ def test_prepare_base_refuses_a_missing_output_layer_and_a_small_embedding(tmp_p
     tied = Path(make_model(tmp_path / "tied", tie=True))
     config = json.loads((tied / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    assert "no lm_head.weight" in prepare(capsys, "--model", tied, "--out", tmp_path / "o", ok=False)
+    assert "the weights lack lm_head.weight" in prepare(capsys, "--model", tied, "--out", tmp_path / "o", ok=False)
     small = make_model(tmp_path / "small", vocab_size=100, eos_token_id=1)
     assert "the tokenizer has 259 tokens" in prepare(capsys, "--model", small, "--out", tmp_path / "o",
                                                     ok=False)

@@ -19,10 +19,8 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 from common import die
-from model import load_config, load_tokenizer, stop_ids
+from model import check_model_dir, load_tokenizer, stop_ids, weight_files
 
 # Qwen's markup without a default system prompt: what the model is told is what the data say.
 CHAT_TEMPLATE = (
@@ -57,69 +55,26 @@ def read_json(path):
         die(f"{path} cannot be read: {error}")
 
 
-def find_tensors(path):
-    """{name: the safetensors file that holds it}"""
-    from safetensors import SafetensorError, safe_open
-    where = {}
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                where.update(dict.fromkeys(tensors.keys(), file))
-        except (OSError, SafetensorError) as error:
-            die(f"{file} holds no whole weights: {error}")
-    return where
-
-
-def read_tensor(where, name):
-    from safetensors import safe_open
-    with safe_open(where[name], "pt") as tensors:
-        return tensors.get_tensor(name)
-
-
-def check_output_layer(path, config, tokenizer, where):
-    """Refuse a base whose embedding, output layer, vocabulary and tokenizer do not fit together."""
-    if "model.embed_tokens.weight" not in where:
-        die(f"{path} has no safetensors weights of a decoder (model.embed_tokens.weight)")
-    embedding = read_tensor(where, "model.embed_tokens.weight")
-    rows = len(embedding)
-    if rows != config["vocab_size"]:
-        die(f"{path}: vocab_size is {config['vocab_size']}, the embedding has {rows} rows")
-    if len(tokenizer) > rows:
-        die(f"{path}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows")
-    tied = config.get("tie_word_embeddings", False)
-    if not tied and "lm_head.weight" not in where:
-        die(f"{path}: tie_word_embeddings is false, but there is no lm_head.weight")
-    if tied and "lm_head.weight" in where:
-        if not read_tensor(where, "lm_head.weight").equal(embedding):
+def check_base(path, config):
+    """Refuse what is no whole model, what the stages cannot run, and a tied layer of its own."""
+    check_model_dir(path, renders=False)                  # the chat template is replaced
+    if config.get("use_sliding_window"):
+        die(f"{path} uses sliding-window attention, which the packed attention does not implement")
+    if config.get("tie_word_embeddings"):
+        embedding = read_tensor(path, "model.embed_tokens.weight")
+        output = read_tensor(path, "lm_head.weight")
+        if embedding is None or (output is not None and not output.equal(embedding)):
             die(f"{path}: tie_word_embeddings is true, but lm_head.weight differs from it")
 
 
-def check_shapes(path, where):
-    """Refuse weights that are not the configuration's: one missing, left over, of another shape."""
+def read_tensor(path, name):
+    """A tensor of the safetensors files by its name, None if it is in none."""
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-    config = load_config(path)
-    if getattr(config, "use_sliding_window", False):
-        die(f"{path} uses sliding-window attention, which the packed attention does not implement")
-    try:
-        with torch.device("meta"):                            # shapes only, no memory
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        die(f"{path}/config.json describes no model: {str(error).splitlines()[0]}")
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = sorted(set(wanted) - set(where) - {"lm_head.weight"})
-    unknown = sorted(set(where) - set(wanted))
-    unknown = [name for name in unknown if not name.endswith("inv_freq")]    # no weight
-    if missing:
-        die(f"{path}: {len(missing)} weights of config.json's model are not there "
-            f"({missing[0]}, ...)")
-    if unknown:
-        die(f"{path}: {len(unknown)} weights are not of config.json's model ({unknown[0]}, ...)")
-    for name in set(wanted) & set(where):
-        with safe_open(where[name], "pt") as tensors:
-            shape = tensors.get_slice(name).get_shape()
-        if shape != wanted[name]:
-            die(f"{path}: {name} has the shape {shape}, config.json says {wanted[name]}")
+    for file in weight_files(path):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():
+                return tensors.get_tensor(name)
+    return None
 
 
 # ---------------------------------------------------------------------------------- what is changed
@@ -197,9 +152,7 @@ def prepare(args):
     shutil.rmtree(temporary, ignore_errors=True)         # what a killed run left
     config = read_json(path / "config.json")
     tokenizer = load_tokenizer(path)
-    tensors = find_tensors(path)
-    check_output_layer(path, config, tokenizer, tensors)
-    check_shapes(path, tensors)
+    check_base(path, config)
     config, what = extend_positions(args, path, config)
     changed = changed_files(path, config, tokenizer)
     copied = copied_files(path, changed)
