@@ -245,6 +245,14 @@ def test_tokens_are_made_again_when_what_they_depend_on_has_changed(world, tmp_p
     assert tokens() == whole and (tmp_path / "tokens.bin").stat().st_size == before.st_size, "a cut one is noticed"
     (tmp_path / "tokens.npz").write_bytes(b"PK torn")
     assert tokens() == whole
+    rows = list(common.read_jsonl(world[1]))
+    edited = tmp_path / "edited.jsonl"
+    for response in (rows[0]["response"], rows[0]["response"][:-1] + "~"):
+        rows[0]["response"] = response
+        edited.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert tokens("--data", str(edited)) == whole
+        ids, start = train.Data(tmp_path).sequence(0)
+        assert byte_tokenizer().decode(ids[start:-1]) == response, "an edited set of the same size is noticed"
 
 
 def test_training_promotes_and_suppresses(world, tmp_path):
