@@ -308,6 +308,20 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(world, st
     check_end(stages, stage, folder, 1, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train"])
+def test_two_ranks_start_over_together(world, stages, tmp_path, stage):
+    """None of them takes the finished run, which another is about to remove, for its own."""
+    ends = []
+    for name, runs in (("fresh", 1), ("again", 2)):
+        folder = copy_of(world, tmp_path / name)
+        for more in [["--seed", "7"], [*OTHER[stage].split(), "--force"]][-runs:]:
+            answer = stages(stage, folder, 2, more=more)
+            assert answer["codes"] == [0, 0], answer
+        ends.append(contents(folder))
+    assert differences(*ends) == []
+
+
 @pytest.mark.faults
 def test_random_kills(world, stages, whole, tmp_path):
     """FAULTS kills, half of them on two ranks where a stage has them; each file operation as likely."""
