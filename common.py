@@ -106,6 +106,8 @@ def run(main):
     except RuntimeError as error:                            # gloo has no exception of its own
         if not torch_dist.is_initialized() or not re.search("gloo|Connection closed", str(error)):
             raise
+        if StopFlag.noted:                # the others had no loop yet, and left at once
+            leave(StopFlag.noted, None)
         message = "lost the other ranks; the first of them to end says why"
         print(f"error: rank {torch_dist.get_rank()} {message}", file=sys.stderr, flush=True)
         raise SystemExit(1)
@@ -117,6 +119,7 @@ class StopFlag:
 
     No rank leaves while another waits for it in a collective, and a step is whole or never began.
     """
+    noted = 0                             # in this process
 
     def __init__(self):
         self.number = 0
@@ -125,6 +128,7 @@ class StopFlag:
 
     def note(self, number, frame):
         self.number = self.number or number
+        StopFlag.noted = self.number
 
     def is_set(self) -> bool:
         return self.number != 0
@@ -834,6 +838,9 @@ def start_output(path, schema: str, args, inputs=(), may_differ=(), run=None, be
     path = Path(path)
     claim_output(path, inputs)
     if vars(args).get("force"):
+        for given in inputs:
+            if str(given).endswith(".jsonl") and not Path(given).is_file():
+                die(f"{given}: no such file; nothing was removed")
         remove_earlier(path, schema, inputs, run, beside)
     begun = [part for part in (path, *parts_of(path)) if part.exists() and part.stat().st_size]
     if run:

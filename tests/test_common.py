@@ -451,6 +451,7 @@ def test_force_removes_only_what_this_command_made(begun, capsys):
         return words
 
     assert "no" in said(schema="eval") and "that says that this command made it" in said(schema="eval")
+    assert "gone.jsonl: no such file; nothing was removed" in said(inputs=[data.with_name("gone.jsonl")])
     hand_made = write_rows(out.with_name("mine.jsonl"), {"sid": "a"})
     assert "mine.jsonl is there, but no" in said(hand_made)
 

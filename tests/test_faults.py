@@ -309,7 +309,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(world, st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["train"])
+@pytest.mark.parametrize("stage", ["train", "rlvr"])
 def test_two_ranks_start_over_together(world, stages, tmp_path, stage):
     """None of them takes the finished run, which another is about to remove, for its own."""
     ends = []

@@ -44,6 +44,14 @@ time.sleep(2)
 common.barrier()
 """
 
+# SIGTERM to both: one is in its loop and notes it, the other has not come there and leaves.
+APART = """
+if dist.rank == 1:
+    stop = common.StopFlag()
+os.kill(os.getpid(), signal.SIGTERM)
+common.run(common.barrier)
+"""
+
 
 def start_ranks(folder, code, *words, silence=1):
     """Two ranks without a launcher, so that nobody but the ranks ends them; ready, which is a file of each."""
@@ -100,6 +108,11 @@ def test_a_job_that_sleeps_as_a_whole_goes_on(tmp_path):
             rank.send_signal(number)
         time.sleep(4 if number == signal.SIGSTOP else 0)
     assert end_of(ranks) == [(0, ""), (0, "")]
+
+
+def test_a_signal_that_finds_one_rank_before_its_loop_is_no_error(tmp_path):
+    ends = end_of(start_ranks(tmp_path, APART))
+    assert [code for code, _ in ends] == [143, 143] and not any("error" in said for _, said in ends)
 
 
 # ------------------------------------------------------------------------------------------------ under torchrun

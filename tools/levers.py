@@ -37,8 +37,8 @@ def train_levers(model, s, cards, kinds, p):
             lines.append(f"--gradient-checkpointing off: packs of at most {fits:,} tokens fit, "
                          "no longer sequence; a forward pass of four is saved")
     fused = sum(kinds[kind] for kind in roofline.FUSED) / total
-    lines.append(f"--compile could save part of the {fused:.0%} in the layers' elementwise kernels and "
-                 "casts, nothing else")
+    lines.append(f"--compile could save part of the {fused:.0%} in the layers' elementwise "
+                 "kernels and casts, nothing else")
     return lines
 
 
