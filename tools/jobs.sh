@@ -64,7 +64,7 @@ begin() {
   read_recipe "$recipe" "${seeds_flag[@]}" || return
   run="${RUNS:-runs}/$(basename "$recipe" .toml)" logs="$run/logs"
   base="$run/base"
-  case "$world" in none | word-problems) ;; *) base="toy/$world_base" base_model="" ;; esac
+  case "$world" in none | word-problems) ;; *) base="toy/$world_base" ;; esac
   if [ -n "$plan" ]; then
     NPROC="${NPROC:-$cards}"
     trap print_plan EXIT

@@ -136,6 +136,9 @@ def read_run(recipe) -> dict:
     for key in needed:
         if not run[key]:
             die(f"[run]: {key} is missing")
+    for key in ("base_model", "warmup", "teacher_model", "teacher_solutions"):
+        if is_toy(run) and run[key]:
+            die(f"[run]: {key} = {run[key]!r} is for real models; a toy world has its own")
     if run["world"] == "none" and not isinstance(run["benchmarks"], dict):
         die("[run]: benchmarks must name their sources: [run.benchmarks] NAME = \"hub id or file\"")
     return run
