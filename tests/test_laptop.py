@@ -1,8 +1,8 @@
 """`bash run_all.sh` on recipes/laptop.toml in miniature: a random Llama of two layers with a byte-level vocabulary of 4,096
 tokens, problems in the tens, to the report. And the word problems themselves.
 
-The tiny model cannot learn arithmetic, so its teacher is fine-tuned on short solutions of the very problems that it is asked:
-[run] teacher_solutions, as a user's own file. Everything else is the recipe with smaller counts.
+The tiny model cannot learn arithmetic, so its teacher is fine-tuned on the answers of the very problems that it is asked, and its
+base on those of others: [run] teacher_solutions and warmup, as a user's own files. Everything else is the recipe with smaller counts.
 """
 
 import importlib.util
@@ -20,16 +20,16 @@ from grading import verifier
 WITHOUT = importlib.util.find_spec("reasoning_gym") is None
 needs_package = pytest.mark.skipif(WITHOUT, reason="reasoning-gym is not installed (WITH_WORDS=1)")
 
-COUNTS = ["--n-warmup", "48", "--n-solutions", "16", "--n-problems", "48", "--n-rlvr", "16", "--n-seen", "8", "--n-hard", "6"]
+COUNTS = ["--n-warmup", "64", "--n-solutions", "16", "--n-problems", "32", "--n-rlvr", "16", "--n-seen", "8", "--n-hard", "6"]
 CHANGES = {
-    'base_model = "HuggingFaceTB/SmolLM2-135M-Instruct"': 'base_model = "TMP/llama"\nteacher_solutions = "TMP/by_heart.jsonl"',
-    "warmup_epochs = 2": "warmup_epochs = 6", "teacher_epochs = 1": "teacher_epochs = 60", "teacher_samples = 8": "teacher_samples = 4",
+    'base_model = "HuggingFaceTB/SmolLM2-135M-Instruct"': 'base_model = "TMP/llama"\nwarmup = "TMP/few.jsonl"\nteacher_solutions = "TMP/many.jsonl"',
+    "warmup_epochs = 2": "warmup_epochs = 8", "teacher_epochs = 1": "teacher_epochs = 40", "teacher_samples = 8": "teacher_samples = 4",
     'arms = ["sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest"]': 'arms = ["sft", "oxa_full"]',
     'rlvr_arms = ["sft", "oxa_full"]': 'rlvr_arms = ["oxa_full"]',
     "side_by_side = 1": "side_by_side = 2", "cpu_ranks = 2": "cpu_ranks = 1", "positions = 8192": "positions = 1024",
     "max_prompt_tokens = 256": "max_prompt_tokens = 512", "n_ce = 240": "n_ce = 16", "n_ul = 240": "n_ul = 16",
     "lr = 2e-4": "lr = 3e-3", "epochs = 3": "epochs = 2", "ce_per_step = 16": "ce_per_step = 8", "ul_per_step = 16": "ul_per_step = 8",
-    "max_steps = 10": "max_steps = 2", "n = 8 ": "n = 2 ", "k = 8": "k = 2"}
+    "max_steps = 10": "max_steps = 2", "save_every = 20": "save_every = 0", "max_tokens = 128": "max_tokens = 32", "n = 8 ": "n = 2 ", "k = 8": "k = 2"}
 
 
 def make_problems(folder, *flags):
@@ -61,17 +61,23 @@ def make_llama(folder, texts):
     tokenizer.save_pretrained(folder)
 
 
+def write_answers(path, pairs):
+    """A training set of (problem, answer), the answer in the response's format without a step."""
+    with open(path, "w") as file:
+        for i, (problem, answer) in enumerate(pairs):
+            response = f"<think>\nSo {answer}.\n</think>\n\\boxed{{{answer}}}"
+            file.write(json.dumps({"sid": str(i), "pid": str(i), "problem": problem, "response": response, "objective": "ce"}) + "\n")
+
+
 @needs_package
 @pytest.mark.slow
 def test_the_laptop_recipe_in_miniature(tmp_path):
     made = make_problems(tmp_path / "made", *COUNTS)
     docs = [path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
     make_llama(tmp_path / "llama", docs + [row["problem"] for row in made["problems"]])
-    with open(tmp_path / "by_heart.jsonl", "w") as file:
-        for row in made["problems"]:
-            response = f"<think>\nSo {row['answer']}.\n</think>\n\\boxed{{{row['answer']}}}"
-            row = {"sid": row["pid"], "pid": row["pid"], "problem": row["problem"], "response": response, "objective": "ce"}
-            file.write(json.dumps(row) + "\n")
+    write_answers(tmp_path / "many.jsonl", [(row["problem"], row["answer"]) for row in made["problems"]])
+    few = [(row["problem"], re.search(r"boxed\{(\d+)", row["response"])[1]) for row in made["warmup"]]
+    write_answers(tmp_path / "few.jsonl", few)
     text = (ROOT / "recipes/laptop.toml").read_text()
     text = re.sub(r"world_args = \[.*\]", f"world_args = {json.dumps(COUNTS)}", text)
     for old, new in CHANGES.items():
@@ -87,8 +93,8 @@ def test_the_laptop_recipe_in_miniature(tmp_path):
     read = {name: [json.loads(line) for line in open(run / f"data/{name}.jsonl")] for name in ("problems", "teacher.verified", "self.verified")}
     assert read["problems"] == made["problems"]                                   # one seed, the same problems
     share_right = sum(row["correct"] is True for row in read["teacher.verified"]) / len(read["teacher.verified"])
-    assert len(read["teacher.verified"]) == 48 * 4 and share_right > 0.3
-    assert len(read["self.verified"]) == 48 * 3 and sum(row["correct"] is True for row in read["self.verified"]) < 24
+    assert len(read["teacher.verified"]) == 32 * 4 and share_right > 0.3
+    assert len(read["self.verified"]) == 32 * 3 and sum(row["correct"] is True for row in read["self.verified"]) < 24
     scored = [json.loads(line) for line in open(run / "data/teacher.scored.jsonl")]
     assert all(row["correct"] for row in scored) and all(row["scorer"].endswith("data/base") for row in scored)
     arm = run / "seed-0/oxa_full"
