@@ -163,3 +163,57 @@ def test_without_the_package_one_sentence(tmp_path):
                           env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "reasoning-gym==0.1.25" in done.stderr and "WITH_WORDS=1" in done.stderr and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------- a base that is made, a teacher that is a model
+
+
+def planned(folder, changes):
+    """The commands of a recipe that starts from the paper's, as lists of words, without python or torchrun."""
+    (folder / "paper_1.5b.toml").write_text((ROOT / "recipes/paper_1.5b.toml").read_text())
+    recipe = folder / "mine.toml"
+    recipe.write_text(f'from = "paper_1.5b"\n[run]\n{changes}\n')
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "RUNS": "runs"}
+    done = subprocess.run(["bash", ROOT / "run_all.sh", recipe, "--plan"], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^\[\d+\] (.*)$", done.stdout, re.M)
+    return [line[re.search(r"\w+\.py|tools\.\w+", line).start():].split() for line in lines]
+
+
+def flag(words, name):
+    return words[words.index(name) + 1]
+
+
+def test_a_users_own_teacher_samples_what_would_be_imported(tmp_path):
+    plain = planned(tmp_path, "")
+    mine = planned(tmp_path, 'teacher_model = "o/teacher"\nproblems_source = "o/problems"\nteacher_samples = 5')
+    named = [words for words in mine if words not in plain]
+    assert [words[:2] for words in named] == [["01_sample.py", "problems"], ["01_sample.py", "model"]]
+    assert flag(named[0], "--source") == "o/problems" and "--benchmarks" in named[0]
+    assert (flag(named[1], "--model"), flag(named[1], "--n"), flag(named[1], "--name")) == ("o/teacher", "5", "teacher")
+    assert flag(named[1], "--problems") == flag(named[0], "--out") == "runs/mine/data/problems.jsonl"
+    assert [words[:2] for words in plain if words not in mine] == [["01_sample.py", "teacher"]]
+
+
+def test_a_base_that_is_made_is_the_base_of_all_that_follows(tmp_path):
+    mine = planned(tmp_path, 'self_model = ""\nwarmup = "few.jsonl"\nwarmup_epochs = 3\nteacher_solutions = "many.jsonl"\n'
+                             'problems_source = "o/problems"')
+    trained = [words for words in mine if words[0] == "03_train_oxa.py"]
+    base, teacher = "runs/mine/data/base", "runs/mine/data/teacher"
+    assert [flag(words, "--model") for words in trained] == ["runs/mine/base", *[base] * 5]
+    assert [flag(words, "--data") for words in trained[:2]] == ["few.jsonl", "many.jsonl"]
+    assert [flag(words, "--out") for words in trained[:2]] == [base, teacher] and flag(trained[0], "--epochs") == "3"
+    samples = [flag(words, "--model") for words in mine if words[:2] == ["01_sample.py", "model"]]
+    assert samples == [teacher, base]
+    assert {flag(words, "--model") for words in mine if words[1] == "score"} == {base}
+
+
+@pytest.mark.parametrize("changes, said", [
+    ('teacher_model = "o/t"', "problems_source is missing"), ("warmup_epochs = 0", "warmup_epochs must be at least 1"),
+    ("teacher_samples = 0", "teacher_samples must be at least 1"), ('world = "deep-leap"\nworld_base = "base"', "is for real models")])
+def test_a_recipe_that_lacks_something_is_one_sentence(tmp_path, changes, said):
+    (tmp_path / "paper_1.5b.toml").write_text((ROOT / "recipes/paper_1.5b.toml").read_text())
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'from = "paper_1.5b"\n[run]\n{changes}\n')
+    done = subprocess.run(["bash", ROOT / "run_all.sh", recipe, "--plan"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

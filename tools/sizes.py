@@ -71,9 +71,12 @@ def find_model(name):
     if not config.is_file():
         return KNOWN.get(Path(name).name)
     c = json.loads(config.read_text())
+    head_dim = c.get("head_dim") or 0
+    if head_dim * c["num_attention_heads"] == c["hidden_size"]:      # what it is when not given
+        head_dim = 0
     return Model(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                  c["num_key_value_heads"], c["intermediate_size"], c["vocab_size"],
-                 c.get("tie_word_embeddings", False), c.get("head_dim") or 0)
+                 c.get("tie_word_embeddings", False), head_dim)
 
 
 def name_of(model) -> str:
