@@ -66,7 +66,7 @@ begin() {
   base="$run/base"
   case "$world" in none | word-problems) ;; *) base="toy/$world_base" ;; esac
   if [ -n "$plan" ]; then
-    NPROC="${NPROC:-$cards}"
+    NPROC="${NPROC:-$((cards > 0 ? cards : cpu_ranks))}"
     trap print_plan EXIT
   else
     "$plain" -m tools.recipe "$recipe" --check || return     # said now, not hours later
@@ -90,6 +90,7 @@ begin() {
     else
       ranks+=(--standalone)
     fi
+    ranks+=(--)              # else torchrun takes a script's --n for its own
   fi
 }
 
