@@ -28,6 +28,7 @@ CHANGES = {
     'rlvr_arms = ["sft", "oxa_full"]': 'rlvr_arms = ["oxa_full"]',
     "side_by_side = 1": "side_by_side = 2", "cpu_ranks = 2": "cpu_ranks = 1", "positions = 8192": "positions = 1024",
     "max_prompt_tokens = 256": "max_prompt_tokens = 512", "n_ce = 240": "n_ce = 8", "n_ul = 240": "n_ul = 8",
+    "sigma_share = 0.125": "sigma_share = 1.0", "n_bins = 40": "n_bins = 1",
     "lr = 2e-4": "lr = 5e-3", "epochs = 3": "epochs = 2", "ce_per_step = 16": "ce_per_step = 8", "ul_per_step = 16": "ul_per_step = 8",
     "max_steps = 10": "max_steps = 2", "save_every = 20": "save_every = 0", "max_tokens = 128": "max_tokens = 32", "n = 8 ": "n = 2 ", "k = 8": "k = 2"}
 
