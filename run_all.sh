@@ -18,8 +18,8 @@ cd "$(dirname "$0")"
 case "${1-}" in -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit ;; esac
 
 # step, spawn, join and show; and what the recipe says: $recipe, $run (where everything goes),
-# $base, $self_model, ${seeds[@]}, ${arms[@]}, ${benchmarks[@]}, ... A script after "${ranks[@]}"
-# runs on all cards, after python in one process.
+# $base, $warmup, ${seeds[@]}, ${arms[@]}, ${benchmarks[@]}, ... A script after "${ranks[@]}" runs
+# on all cards, after python in one process.
 source tools/jobs.sh
 begin "$@"
 
@@ -35,7 +35,15 @@ tests=("${tests[@]/%/.jsonl}")
 in_data="${data#"$run"/}" in_out="seed-$seed"    # names of steps and of their logs begin like this
 
 # 1. Data: problems with their answers, teacher traces, benchmarks, the RLVR prompts.
-if [ "$world" != none ]; then
+few="$warmup" many="$teacher_solutions"          # training sets of a base and of a teacher, if any
+if [ "$world" = word-problems ]; then
+
+  # Everything but the traces, which a model has to write. (A recipe may name solutions too.)
+  step "$in_data/world" python toy/word_problems.py "${world_args[@]}" \
+    --out "$data" --seed "$data_seed"
+  few="${warmup:-$data/warmup.jsonl}" many="${teacher_solutions:-$data/solutions.jsonl}"
+
+elif [ "$world" != none ]; then
 
   # The toy makes its own.
   step "$in_data/world" python toy/world.py --world "$world" "${world_args[@]}" \
@@ -45,11 +53,26 @@ if [ "$world" != none ]; then
     --source "$data/teacher_source.jsonl" --name teacher --answers join \
     --problems "$data/problems.jsonl" --out "$data/teacher.jsonl"
 
-else
+fi
 
-  # The base with 40,000 positions, without a system prompt, stopping at both end tokens.
+if [ -n "$base_model" ]; then
+
+  # The base with enough positions, without a system prompt, stopping at both end tokens.
   step prepare-base python -m tools.prepare_base --recipe "$recipe" \
-    --model "$base_model" --out "$base"
+    --model "$base_model" --out "$run/base"
+  base="$run/base"
+
+  # A base that does not know the format gets a short fine-tuning on a few solutions first:
+  # `warmup`, a training set as 03 reads it. Its settings are [train]'s, but for the epochs.
+  if [ -n "$few" ]; then
+    step "$in_data/warmup" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" --model "$base" \
+      --data "$few" --epochs "$warmup_epochs" --out "$data/base" --seed "$data_seed"
+    base="$data/base"
+  fi
+
+fi
+
+if [ "$world" = none ]; then
 
   # The benchmarks come first: training problems that overlap them are dropped.
   for benchmark in "${benchmarks[@]}"; do
@@ -57,9 +80,15 @@ else
       --source "${source_of[$benchmark]}" --out "$data/$benchmark.jsonl"
   done
 
-  # Verified teacher traces, several per problem.
-  step "$in_data/teacher" python 01_sample.py teacher --recipe "$recipe" --model "$base" \
-    --benchmarks "${tests[@]}" --out "$data/teacher.jsonl" --problems-out "$data/problems.jsonl"
+  if [ -n "$problems_source" ]; then
+    # Problems that a teacher has to solve.
+    step "$in_data/problems" python 01_sample.py problems --source "$problems_source" \
+      --benchmarks "${tests[@]}" --out "$data/problems.jsonl"
+  else
+    # Verified teacher traces, several per problem.
+    step "$in_data/teacher" python 01_sample.py teacher --recipe "$recipe" --model "$base" \
+      --benchmarks "${tests[@]}" --out "$data/teacher.jsonl" --problems-out "$data/problems.jsonl"
+  fi
 
   # The prompts of RLVR.
   overlap=()
@@ -69,10 +98,25 @@ else
 
 fi
 
+# A teacher that is a model: `teacher_model`, or the base, fine-tuned on `teacher_solutions` if the
+# recipe names some. Its samples are verified like any others, so wrong ones do no harm.
+teacher="${teacher_model:-$base}"
+if [ -n "$many" ]; then
+  step "$in_data/train-teacher" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" \
+    --model "$teacher" --data "$many" --epochs "$teacher_epochs" \
+    --out "$data/teacher" --seed "$data_seed"
+  teacher="$data/teacher"
+fi
+if [ "$teacher" != "$base" ]; then
+  step "$in_data/teacher" "${ranks[@]}" 01_sample.py model --recipe "$recipe" --name teacher \
+    --model "$teacher" --n "$teacher_samples" --problems "$data/problems.jsonl" \
+    --out "$data/teacher.jsonl" --seed "$data_seed"
+fi
+
 # Self-distillation: samples of the base, or of its R1-distilled sibling. Of these the wrong ones
 # are of use later.
 spawn "$in_data/sample-self" "${ranks[@]}" 01_sample.py model --recipe "$recipe" \
-  --model "$self_model" --problems "$data/problems.jsonl" --out "$data/self.jsonl" \
+  --model "${self_model:-$base}" --problems "$data/problems.jsonl" --out "$data/self.jsonl" \
   --seed "$data_seed"
 
 # 2. Which responses are right, and how likely did the base find them?

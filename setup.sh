@@ -1,5 +1,6 @@
 # Sourced by run_all.sh and tests/run.sh: makes .venv once and puts it first in PATH. Sets GPUS, the number of CUDA cards.
-# A machine with cards gets requirements.txt (vLLM included), others requirements-cpu.txt; WITH_VLLM=1 adds vLLM's CPU build.
+# A machine with cards gets requirements.txt (vLLM included), others requirements-cpu.txt; WITH_VLLM=1 adds vLLM's CPU build,
+# WITH_WORDS=1 the word problems of recipes/laptop.toml.
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 requirements=requirements-cpu.txt
 [ "$GPUS" -gt 0 ] && requirements=requirements.txt
@@ -14,5 +15,9 @@ if [ ! -f .venv/installed ] || [ "$(cat .venv/installed)" != "$wanted" ]; then
     .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
   fi
   printf '%s' "$wanted" > .venv/installed
+fi
+if [ "${WITH_WORDS:-0}" = 1 ] && ! .venv/bin/python -c 'import reasoning_gym' 2> /dev/null; then
+  echo "installing the word problems (reasoning-gym)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check reasoning-gym==0.1.25
 fi
 export PATH="$PWD/.venv/bin:$PATH"

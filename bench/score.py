@@ -3,18 +3,18 @@ length-sorted padded batches.
 
     python bench/score.py [--model toy/base --rounds 5 --responses 2048]
 
-Responses of the toy teacher ("traces"), and the same text cut to lengths from 8 to 500 tokens,
-log-uniform ("mixed"). float32, one thread, from text to perplexity (tokenising included, loading
-the model not). The three run in turn in each round on the same responses. Seconds are CPU seconds
-of the process, so that other processes disturb little; the table gives medians over rounds and
-ratios within the round, and the largest relative difference of a perplexity from the plain loop's.
+Responses of the toy teacher, or solutions of word problems for another model ("traces"), and the
+same text cut to lengths from 8 to 500 tokens, log-uniform ("mixed"). float32, one thread, from text
+to perplexity (tokenising included, loading the model not). The three run in turn in each round on
+the same responses. Seconds are CPU seconds of the process, so that other processes disturb little;
+the table gives medians over rounds and ratios within the round, and the largest relative difference
+of a perplexity from the plain loop's.
 """
 
 import argparse
 import importlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,30 +29,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
+from bench.data import responses
 from model import encode_text, load_model, load_tokenizer
 
 stage = importlib.import_module("02_verify_score")
 
 
-def responses(tokenizer, n: int, mixed: bool) -> list[str]:
+def texts_to_score(model, tokenizer, n: int, mixed: bool) -> list[str]:
     """n texts: teacher traces as they are, or a running text of them cut to log-uniform lengths."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        texts = [
-            text
-            for row in common.read_jsonl(Path(folder) / "teacher_source.jsonl")
-            for text in row["DeepSeek-R1_Response_List"]
-        ]
+        texts = responses(Path(folder), model)
     if not mixed:
         return texts[:n]
     draw = np.random.default_rng(0)
     lengths = np.exp(draw.uniform(np.log(8), np.log(500), n)).astype(int)
-    running, start = sum(encode_text(tokenizer, texts), []), 0
+    running = sum(encode_text(tokenizer, texts), [])
     running = np.resize(running, lengths.sum())
     borders = np.concatenate([[0], lengths.cumsum()])
     return [tokenizer.decode(running[a:b].tolist()) for a, b in zip(borders, borders[1:])]
@@ -123,7 +114,7 @@ def main():
         "02 score": (ours, packed),
     }
     for name, mixed in (("traces", False), ("mixed", True)):
-        texts = responses(tokenizer, args.responses, mixed)
+        texts = texts_to_score(args.model, tokenizer, args.responses, mixed)
         lengths = [len(ids) for ids in encode_text(tokenizer, texts)]
         seconds, result = {way: [] for way in ways}, {}
         for way, (run, model) in ways.items():  # warm-up

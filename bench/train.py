@@ -1,13 +1,15 @@
-"""Training throughput on the toy model: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and
-the bare limit, in turn.
+"""Training throughput: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and the bare limit, in
+turn.
 
     pip install -r bench/requirements.txt && python bench/train.py [--rounds 3 --steps 40]
+    python bench/train.py --model DIR --per-step 8 --steps 6 --rounds 1     a real model's directory
 
-The same 1,500 toy traces, 32 sequences a step, float32, AdamW, one thread, cross entropy on the
-response. Bare limit: forward, backward and AdamW of the stock Hugging Face model on length-sorted,
-padded batches, and nothing else. Tokens are the sequences' own (prompt + response, padding not
-counted), over the median seconds of a step; the first 5 steps are left out. Each runs in its own
-process; the table gives medians over rounds and ratios within the round.
+The same traces (the toy's; for another model word problems), 32 sequences a step, float32, AdamW,
+one thread, cross entropy on the response. Bare limit: forward, backward and AdamW of the stock
+Hugging Face model on length-sorted, padded batches, and nothing else. Tokens are the sequences' own
+(prompt + response, padding not counted), over the median seconds of a step; the first 5 steps are
+left out, or the first half of fewer than 10. Each runs in its own process; the table gives medians
+over rounds and ratios within the round.
 """
 
 import argparse
@@ -22,34 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-PER_STEP, LR, SKIP = 32, 1e-3, 5
 
+from bench.data import make_data
 
-def make_data(folder: Path, model: str):
-    """1,500 toy traces as a training set, one per query."""
-    import common
-
-    subprocess.run(
-        [sys.executable, ROOT / "toy/world.py", "--out", folder, "--seed", "0"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    with open(folder / "train.jsonl", "w") as file:
-        for i, row in enumerate(common.read_jsonl(folder / "teacher_source.jsonl")):
-            responses = row["DeepSeek-R1_Response_List"]
-            file.write(
-                json.dumps(
-                    {
-                        "sid": str(i),
-                        "pid": str(i),
-                        "problem": row["query"],
-                        "response": responses[i % len(responses)],
-                        "objective": "ce",
-                    }
-                )
-                + "\n"
-            )
-    return folder / "train.jsonl"
+SKIP = 5
 
 
 def sequences(args):
@@ -62,6 +40,18 @@ def sequences(args):
         yield prompt + encode_response(tokenizer, row["response"]), len(prompt)
 
 
+def first_rows(args) -> Path:
+    """A training set of as many rows as the steps take."""
+    lines = Path(args.data).read_text().splitlines(keepends=True)
+    n = args.steps * args.per_step
+    if len(lines) < n:
+        raise SystemExit(f"{args.steps} steps of {args.per_step} need {n} rows; the data have "
+                         f"{len(lines)}")
+    path = Path(args.scratch) / "first.jsonl"
+    path.write_text("".join(lines[:n]))
+    return path
+
+
 def run_ours(args):
     out = Path(args.scratch) / f"ours{time.time()}"
     subprocess.run(
@@ -71,19 +61,19 @@ def run_ours(args):
             "--model",
             args.model,
             "--data",
-            args.data,
+            first_rows(args),
             "--out",
             out,
             "--lr",
-            str(LR),
+            str(args.lr),
             "--epochs",
-            "6",
+            "1",
             "--ce-per-step",
-            str(PER_STEP),
+            str(args.per_step),
             "--token-budget",
             "4096",
-            "--stop-at",
-            str(args.steps),
+            "--save-every",
+            "0",
         ],
         check=True,
         stdout=subprocess.DEVNULL,
@@ -99,17 +89,18 @@ def run_bare(args):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     rows = sorted(sequences(args), key=lambda s: len(s[0]))
     seconds, tokens, losses = [], [], []
     generator = torch.Generator().manual_seed(0)
     for start in (
-        torch.randperm(len(rows) // PER_STEP, generator=generator)[: args.steps] * PER_STEP
+        torch.randperm(len(rows) // args.per_step, generator=generator)[: args.steps]
+        * args.per_step
     ).tolist():
-        batch = rows[start : start + PER_STEP]
+        batch = rows[start : start + args.per_step]
         width = max(len(ids) for ids, _ in batch)
         begin = time.perf_counter()
         ids = torch.tensor([s + [0] * (width - len(s)) for s, _ in batch])
@@ -132,6 +123,7 @@ def run_trl(args, micro_batch: int, packing: bool):
     from trl import SFTConfig, SFTTrainer
     from model import load_tokenizer
 
+    micro_batch = min(micro_batch, args.per_step)
     rows = list(sequences(args))
     data = Dataset.from_dict(
         {
@@ -141,7 +133,9 @@ def run_trl(args, micro_batch: int, packing: bool):
     )
     mean_tokens = sum(len(s) for s, _ in rows) / len(rows)
     # packed: rows of 512 tokens, as many a step as hold the same number of tokens
-    accumulation = round(PER_STEP * mean_tokens / 512) if packing else PER_STEP // micro_batch
+    accumulation = args.per_step // micro_batch
+    if packing:
+        accumulation = max(1, round(args.per_step * mean_tokens / 512))
     config = SFTConfig(
         output_dir=args.scratch + "/trl",
         use_cpu=True,
@@ -150,7 +144,7 @@ def run_trl(args, micro_batch: int, packing: bool):
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         max_steps=args.steps,
-        learning_rate=LR,
+        learning_rate=args.lr,
         weight_decay=0.1,
         adam_beta2=0.95,
         lr_scheduler_type="constant",
@@ -179,7 +173,7 @@ def run_trl(args, micro_batch: int, packing: bool):
                 losses.append(logs["loss"])
 
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(args.model),
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
         args=config,
         train_dataset=data,
         processing_class=load_tokenizer(args.model),
@@ -214,6 +208,9 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "toy/base"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--per-step", type=int, default=32, help="sequences")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     for hidden in ("--only", "--data", "--scratch"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -222,7 +219,8 @@ def main():
 
         torch.set_num_threads(1)
         seconds, tokens, losses = VARIANTS[args.only](args)
-        rate = statistics.median(n / s for n, s in zip(tokens[SKIP:], seconds[SKIP:]))
+        skip = min(SKIP, args.steps // 2)
+        rate = statistics.median(n / s for n, s in zip(tokens[skip:], seconds[skip:]))
         print(
             "\n"
             + json.dumps(
@@ -235,11 +233,11 @@ def main():
         )
         return
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_data(Path(scratch), args.model)
+        data = make_data(Path(scratch), args.model) / "train.jsonl"
         rounds = []
         for number in range(args.rounds):
             rounds.append({})
-            for name in VARIANTS:
+            for name in args.variants:
                 out = subprocess.run(
                     [
                         sys.executable,
@@ -268,7 +266,7 @@ def main():
             f"\n{'':16} {'tokens/s':>9} {'ours / it':>10}   loss, first 3 -> last 5 of "
             f"{args.steps} steps"
         )
-        for name in VARIANTS:
+        for name in args.variants:
             got = [r for r in rounds if name in r and "ours" in r]
             if got:
                 ratio = statistics.median(r["ours"]["rate"] / r[name]["rate"] for r in got)

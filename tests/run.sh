@@ -4,6 +4,7 @@
 #     bash tests/run.sh [pytest arguments]
 #     bash tests/run.sh -m "not slow"      the fast part, a minute on two cores
 #     WITH_VLLM=1 bash tests/run.sh        with the tests that need vLLM
+#     WITH_WORDS=1 bash tests/run.sh       with those that need the word problems (reasoning-gym)
 #     bash tests/run.sh --faults           the long fault suite, which is in none of these
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -15,7 +15,7 @@ from tools import levers, plan, recipe as recipes, roofline
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
 BARE = {"run": {"base_model": "Qwen2.5-Math-1.5B"}}
-TINY = {"tied": {}, "untied": {"tie": False}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
+TINY = {"tied": {}, "untied": {"tie": False}, "llama": {"kind": "llama"}, "wide": {"num_attention_heads": 4, "num_hidden_layers": 3,
                                                        "hidden_size": 128}}
 
 
@@ -36,7 +36,8 @@ def test_parameters_are_counted(tiny):
 
 def test_parameters_of_the_known_models():
     """As their model cards have them."""
-    known = {"Qwen2.5-0.5B": 494_032_768, "Qwen2.5-Math-1.5B": 1_543_714_304, "Qwen2.5-Math-7B": 7_615_616_512,
+    known = {"SmolLM2-135M-Instruct": 134_515_008,
+             "Qwen2.5-0.5B": 494_032_768, "Qwen2.5-Math-1.5B": 1_543_714_304, "Qwen2.5-Math-7B": 7_615_616_512,
              "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000, "DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512}
     assert {name: model.n_params for name, model in plan.KNOWN.items()} == known
     assert plan.find_model("Qwen/Qwen2.5-Math-7B") is plan.KNOWN["Qwen2.5-Math-7B"] and plan.find_model("a/b") is None
@@ -201,7 +202,7 @@ def run_all(*args, **env):
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", **env})
 
 
-@pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "smoke_1gpu", "toy"])
+@pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "smoke_1gpu", "laptop", "toy"])
 def test_plan_of_run_all(name, tmp_path):
     done = run_all(name, "--plan", RUNS=str(tmp_path / "runs"))
     assert done.returncode == 0 and not done.stderr

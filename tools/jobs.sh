@@ -64,17 +64,18 @@ begin() {
   read_recipe "$recipe" "${seeds_flag[@]}" || return
   run="${RUNS:-runs}/$(basename "$recipe" .toml)" logs="$run/logs"
   base="$run/base"
-  [ "$world" = none ] || base="toy/$world_base"
-  self_model="${self_model:-$base}"
+  case "$world" in none | word-problems) ;; *) base="toy/$world_base" ;; esac
   if [ -n "$plan" ]; then
-    NPROC="${NPROC:-$cards}"
+    NPROC="${NPROC:-$((cards > 0 ? cards : cpu_ranks))}"
     trap print_plan EXIT
   else
     "$plain" -m tools.recipe "$recipe" --check || return     # said now, not hours later
     lock "$run/lock" || return
+    if [ "$world" = word-problems ]; then export WITH_WORDS=1; fi
     source ./setup.sh
     watch_signals
-    NPROC="${NPROC:-$GPUS}"    # ranks of this node: a card each; NPROC=2 tries two on a CPU
+    # Ranks of this node: a card each; NPROC=2 tries two on a CPU.
+    if [ "$GPUS" -gt 0 ]; then NPROC="${NPROC:-$GPUS}"; else NPROC="${NPROC:-$cpu_ranks}"; fi
   fi
   whole_number NPROC "$NPROC" || return
   [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1    # one thread per process beats two, on two cores
@@ -89,6 +90,7 @@ begin() {
     else
       ranks+=(--standalone)
     fi
+    ranks+=(--)              # else torchrun takes a script's --n for its own
   fi
 }
 
@@ -106,7 +108,8 @@ read_recipe() {              # RECIPE [--seeds=N]
   while IFS=$'\t' read -r key value; do
     case "$key" in
       world | world_base | base_model | self_model | rlvr_source | rlvr_drop_overlap | \
-        data_per_seed | cards | side_by_side)
+        data_per_seed | cards | side_by_side | cpu_ranks | warmup | warmup_epochs | \
+        teacher_model | teacher_solutions | teacher_epochs | teacher_samples | problems_source)
         printf -v "$key" %s "$value" ;;
       world_args) world_args+=("$value") ;;
       arms) arms+=("$value") ;;

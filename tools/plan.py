@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import levers, roofline
-from tools.recipe import SECTION_OF, die, human, load_recipe, missing
+from tools.recipe import RUN, SECTION_OF, die, human, is_toy, load_recipe, missing
 from tools.sizes import KNOWN, find_model
 
 GB = 1e9
@@ -54,7 +54,9 @@ ASSUMED = {
     "utilisation": 0.4, "decode_efficiency": 0.4, "decode_overhead_ms": 8, "max_seqs": 256,
     "prompt_tokens": 150, "teacher_queries": 100000, "teacher_traces": 300000,
     "teacher_tokens": 11000, "self_tokens": 7000, "wrong_share": 0.4,
-    "rlvr_problems": 10000, "rlvr_tokens": 11000, "eval_tokens": 12000,
+    "rlvr_problems": 10000, "rlvr_tokens": 11000, "eval_tokens": 12000, "eval_problems": 160,
+    "base_solutions": 0, "teacher_solutions": 0,
+    "cpu_training": 0, "cpu_drawing": 1, "cpu_scoring": 1,
 }
 N_PROBLEMS = {"aime24": 30, "aime25": 30, "brumo25": 30, "cmimc25": 40, "hmmt25": 30,
               "minerva": 272, "math500": 500}
@@ -104,6 +106,7 @@ class Cost:
     tokens: float = 0
     seconds: float = 0
     disk: float = 0                                   # bytes
+    core: float = 0                                   # seconds of one CPU core
     memory: dict = field(default_factory=dict)        # part -> bytes on one card
     kinds: dict = field(default_factory=dict)         # kind of kernel -> seconds on one card
     drawing: float = 0                                # seconds of a step of RLVR
@@ -124,8 +127,11 @@ class Plan:
             die(f"[plan]: unknown keys {sorted(unknown)}; known: {', '.join(sorted(ASSUMED))}")
         self.recipe = recipe
         self.cards = max(1, cards)
+        self.digits = 1                         # of hours; a run that a CPU can do takes few
         self.p = roofline.at_end({**ASSUMED, **recipe.get("plan", {})}, end)
-        self.toy = run.get("world", "none") != "none"
+        if self.p["cpu_training"]:
+            self.digits = 2
+        self.toy = is_toy({**RUN, **run})
         self.base_name = f"toy/{run['world_base']}" if self.toy else run.get("base_model", "")
         self.base = find_model(self.base_name)
         if self.base is None:
@@ -150,6 +156,16 @@ class Plan:
             cost.note += "; not traced (tools/trace.py), so without hours and activations"
         return cost
 
+    def core_seconds(self, drawn=0, trained=0, scored=0):
+        """Of one CPU core, for numbers of tokens; 0 if [plan] has no speeds of a core."""
+        p = self.p
+        if not p["cpu_training"]:
+            return 0
+        seconds = drawn / p["cpu_drawing"]
+        seconds += trained / p["cpu_training"]
+        seconds += scored / p["cpu_scoring"]
+        return seconds
+
     def responses(self, file):
         """(number, mean length) of the teacher's or the model's own responses, by their file."""
         if not Path(file).name.startswith("self"):
@@ -164,9 +180,12 @@ class Plan:
 
     def sample(self, s, model):
         n, length = self.responses("self")
+        if s.get("name") == "teacher":
+            n, length = self.p["teacher_queries"] * s["n"], self.p["teacher_tokens"]
         memory = engine_memory(model, s["gpu_memory"], self.p)
         return Cost(tokens=n * length,
                     seconds=self.draw(n, length, s["max_tokens"], model, memory),
+                    core=self.core_seconds(drawn=n * length),
                     disk=n * length * TEXT_BYTES,
                     memory=memory,
                     note=f"{n:,} samples")
@@ -178,6 +197,7 @@ class Plan:
         kinds = kernel_seconds(pack, tokens / self.cards, length, s["token_budget"], self.p)
         return Cost(tokens=tokens,
                     seconds=sum(kinds.values()),
+                    core=self.core_seconds(scored=tokens),
                     disk=tokens * TEXT_BYTES,
                     memory=pack["memory"] if pack else {"weights": model.frozen_bytes()},
                     kinds=kinds)
@@ -188,7 +208,11 @@ class Plan:
         return Cost(tokens, disk=tokens * TEXT_BYTES, note=f"{s['n_ce']:,} + {n_ul:,} examples")
 
     def train(self, s, model):
-        steps = self.settings("select")["n_ce"] // s["ce_per_step"] * s["epochs"]
+        n_ce = self.settings("select")["n_ce"]
+        out = Path(s.get("out", "")).name
+        if out in ("base", "teacher"):          # which run_all.sh has made, as recipes/laptop.toml
+            n_ce = self.p[f"{out}_solutions"]
+        steps = n_ce // s["ce_per_step"] * s["epochs"]
         n_ul = s["ul_per_step"] if "oxa_full" in Path(s.get("data", "oxa_full")).parts else 0
         ce_length = self.p["prompt_tokens"] + self.p["teacher_tokens"]
         ul_length = self.p["prompt_tokens"] + self.p["self_tokens"]
@@ -202,6 +226,7 @@ class Plan:
         kinds = kernel_seconds(pack, here, length, s["token_budget"], self.p, steps)
         return Cost(tokens=tokens,
                     seconds=sum(kinds.values()),
+                    core=self.core_seconds(trained=tokens),
                     disk=checkpoint_bytes(model, s["keep"]),
                     memory=training_memory(model, s, self.cards),
                     kinds=kinds,
@@ -231,8 +256,12 @@ class Plan:
         problems = min(problems, self.p["rlvr_problems"])
         whole = problems // s["prompts_per_step"] * s["epochs"]
         steps = min(whole, s["max_steps"] or whole)
+        # A group's prompt is read once.
+        read = n * length + s["prompts_per_step"] * self.p["prompt_tokens"]
+        core = self.core_seconds(drawn=n * length, trained=read, scored=read if s["kl_coef"] else 0)
         return Cost(tokens=steps * n * length,
                     seconds=steps * (drawing + training),
+                    core=steps * core,
                     disk=checkpoint_bytes(model, s["keep"]),
                     memory=memory,
                     kinds=kinds,
@@ -246,8 +275,9 @@ class Plan:
         n_of = dict(pair.split("=") for pair in s["n_of"])
         n_problems = n = 0
         for name in self.recipe["run"]["benchmarks"]:
-            n_problems += N_PROBLEMS.get(name, 160)
-            n += N_PROBLEMS.get(name, 160) * int(n_of.get(name, s["n"]))
+            here = N_PROBLEMS.get(name, self.p["eval_problems"])
+            n_problems += here
+            n += here * int(n_of.get(name, s["n"]))
 
         length = min(self.p["eval_tokens"], s["max_tokens"])
         memory = engine_memory(model, 0.9, self.p)
@@ -257,6 +287,7 @@ class Plan:
         drawing = self.draw(n, length, s["max_tokens"], model, memory)
         return Cost(tokens=n * length,
                     seconds=drawing + sum(entropy.values()),
+                    core=self.core_seconds(drawn=n * length, scored=measured),
                     disk=n * length * TEXT_BYTES,
                     memory=memory,
                     note=f"{n_problems:,} problems, {n:,} samples")
@@ -296,8 +327,10 @@ def describe(slow, fast, plan):
         count = human(slow.tokens).replace("G", "billion").replace("M", "million")
         facts.append(f"{count} tokens")
     if slow.seconds and not plan.toy:
-        hours = span(slow.seconds / 3600, fast.seconds / 3600, digits=1)
+        hours = span(slow.seconds / 3600, fast.seconds / 3600, plan.digits)
         facts.append(f"{hours} h on {plan.cards} x {plan.p['card']}")
+    if slow.core:
+        facts.append(f"{slow.core / 3600:.2f} h of a CPU core")
     if slow.disk:
         facts.append(f"disk {human(slow.disk)}B")
     if slow.note:
@@ -336,7 +369,8 @@ def show(path, recipe, commands, cards):
     billions = plan.base.n_params / 1e9
     print(f"Plan of {path}: {plan.base_name}, {billions:.3f} billion parameters, {place}")
 
-    slow_hours, fast_hours, disk = Counter(), Counter(), 0          # hours by section
+    slow_hours, fast_hours = Counter(), Counter()                   # by section
+    disk = core = 0
     for number, line in enumerate(commands, 1):
         print(f"[{number}] {line}")
         section, settings = read_command(shlex.split(line), plan)
@@ -345,6 +379,7 @@ def show(path, recipe, commands, cards):
             if section in slow_hours:
                 slow.levers.clear()                 # told under the first command
             disk += slow.disk
+            core += slow.core / 3600
             slow_hours[section] += slow.seconds / 3600
             fast_hours[section] += fast.seconds / 3600
             for text in describe(slow, fast, plan):
@@ -355,10 +390,15 @@ def show(path, recipe, commands, cards):
     else:
         slow, fast = slow_hours.total(), fast_hours.total()
         card_hours = span(slow * plan.cards, fast * plan.cards)
-        parts = [f"{section} {span(slow_hours[section], fast_hours[section], digits=1)} h"
+        parts = [f"{section} {span(slow_hours[section], fast_hours[section], plan.digits)} h"
                  for section in +slow_hours]
-        print(f", {span(slow, fast, digits=1)} h on {plan.cards} cards = {card_hours} card hours "
-              f"({', '.join(parts)})")
+        print(f", {span(slow, fast, plan.digits)} h on {plan.cards} cards = "
+              f"{card_hours} card hours ({', '.join(parts)})")
+        if core:
+            run = {**RUN, **recipe["run"]}
+            n_cores = run["side_by_side"] * max(1, run["cpu_ranks"])
+            print(f"Without a card: {core:.1f} h of a CPU core, {core / n_cores:.1f} h on {n_cores}"
+                  " cores, and the starts of the commands")
         named = {**ASSUMED, **recipe.get("plan", {})}
         assumed = ", ".join(f"{key} {value}" for key, value in named.items())
         print(f"Assumed (recipe, [plan]; ranges from pessimist to optimist): {assumed}")

@@ -25,8 +25,11 @@ RUN = {
     "rlvr_source": "", "benchmarks": {}, "cards": 0, "data_per_seed": False, "arms": [],
     "rlvr_arms": [], "study_arms": [], "study_rlvr_arms": [], "n_seeds": 1, "first_seed": 0,
     "rlvr_seeds": 1000, "side_by_side": 1, "rlvr_limits": "equal", "published_rlvr_limits": {},
-    "rlvr_drop_overlap": True, "instruction": "",
+    "rlvr_drop_overlap": True, "instruction": "", "warmup": "", "warmup_epochs": 1,
+    "teacher_model": "", "teacher_solutions": "", "teacher_epochs": 1, "teacher_samples": 8,
+    "problems_source": "", "cpu_ranks": 0,
 }
+WORD_PROBLEMS = "word-problems"      # a world whose base is no toy
 SECTIONS = ("run", "prepare-base", "problems", "teacher", "sample", "verify", "score", "select",
             "train", "rlvr", "eval", "plan", "report")
 # The word of a command line that names a stage -> the stage's section of a recipe.
@@ -97,7 +100,8 @@ def check_value(key, value):
         die(f"[run]: {key} = {value!r} must be of type {type(default).__name__}")
     if isinstance(value, int) and not 0 <= value < 10**6:
         die(f"[run]: {key} = {value} is out of range")
-    if key in ("n_seeds", "side_by_side") and value < 1:
+    at_least_1 = ("n_seeds", "side_by_side", "warmup_epochs", "teacher_epochs", "teacher_samples")
+    if key in at_least_1 and value < 1:
         die(f"[run]: {key} must be at least 1")
     if key == "instruction":                     # the stages read it from the recipe, not bash
         return
@@ -123,13 +127,31 @@ def read_run(recipe) -> dict:
             die(f"[run]: unknown key {key!r}; known: {', '.join(RUN)}")
         check_value(key, value)
     run = {**RUN, **given}
-    toy = run["world"] != "none"
-    for key in ("arms", "benchmarks", *(["world_base"] if toy else ["base_model", "rlvr_source"])):
+    needed = ["arms", "benchmarks"]
+    needed += ["world_base"] if is_toy(run) else ["base_model"]
+    if run["world"] == "none":
+        needed += ["rlvr_source"]
+        if has_teacher_model(run):
+            needed += ["problems_source"]
+    for key in needed:
         if not run[key]:
             die(f"[run]: {key} is missing")
-    if not toy and not isinstance(run["benchmarks"], dict):
+    for key in ("base_model", "warmup", "teacher_model", "teacher_solutions"):
+        if is_toy(run) and run[key]:
+            die(f"[run]: {key} = {run[key]!r} is for real models; a toy world has its own")
+    if run["world"] == "none" and not isinstance(run["benchmarks"], dict):
         die("[run]: benchmarks must name their sources: [run.benchmarks] NAME = \"hub id or file\"")
     return run
+
+
+def is_toy(run):
+    """Whether the base is one of toy/; `run`: [run] of a recipe with its defaults."""
+    return run["world"] not in ("none", WORD_PROBLEMS)
+
+
+def has_teacher_model(run):
+    """Whether the teacher's traces are sampled, not imported."""
+    return bool(run["teacher_model"] or run["teacher_solutions"] or run["world"] == WORD_PROBLEMS)
 
 
 # ------------------------------------------------------------------------------------ for the shell
@@ -139,7 +161,8 @@ def settings(recipe, n_seeds=None):
     """Yield (key, value) of all that run_all.sh needs of a recipe, as texts."""
     run = read_run(recipe)
     for key in ("world", "world_base", "base_model", "self_model", "rlvr_source", "cards",
-                "side_by_side"):
+                "side_by_side", "cpu_ranks", "warmup", "warmup_epochs", "teacher_model",
+                "teacher_solutions", "teacher_epochs", "teacher_samples", "problems_source"):
         yield key, run[key]
     for key in ("data_per_seed", "rlvr_drop_overlap"):
         yield key, str(run[key]).lower()
@@ -210,19 +233,23 @@ def is_here(name, kind):
 
 def missing(recipe, disk=0):
     """What the run needs and this machine has not, as phrases; [] if all is here."""
-    run, lacking = recipe.get("run", {}), []
-    if run.get("world", "none") != "none":
+    run, lacking = {**RUN, **recipe.get("run", {})}, []
+    if is_toy(run):
         base = f"toy/{run['world_base']}"
         return [] if is_here(base, "models") else [f"the toy base {base}"]
-    cards, wanted = count_cards(), run.get("cards", 0)
+    cards, wanted = count_cards(), run["cards"]
     if cards < wanted:
         lacking.append(f"{wanted} cards (here: {cards})")
     elif wanted and importlib.util.find_spec("vllm") is None and Path(".venv/installed").exists():
         lacking.append("vLLM (pip install -r requirements.txt)")
-    models = [run[key] for key in ("base_model", "self_model") if key in run]
-    data = [recipe.get("teacher", {}).get("source"), run.get("rlvr_source")]
-    data += run.get("benchmarks", {}).values()
-    away = [name for name in models if not is_here(name, "models")]
+    models = [run[key] for key in ("base_model", "self_model", "teacher_model")]
+    keys = ("rlvr_source", "problems_source", "warmup", "teacher_solutions")
+    data = [run[key] for key in keys]
+    if not has_teacher_model(run):
+        data.append(recipe.get("teacher", {}).get("source"))
+    if isinstance(run["benchmarks"], dict):
+        data += run["benchmarks"].values()
+    away = [name for name in models if name and not is_here(name, "models")]
     away += [name for name in data if name and not is_here(name, "datasets")]
     files = [name for name in away if name.count("/") != 1 or name.startswith((".", "/"))]
     on_hub = [name for name in away if name not in files]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Model:
-    """A Qwen2-shaped decoder; parameters are counted, not looked up."""
+    """A Qwen2- or Llama-shaped decoder; parameters are counted, not looked up."""
 
     hidden: int
     layers: int
@@ -18,6 +18,7 @@ class Model:
     vocab: int
     tied: bool
     head_dim: int = 0
+    bias: bool = True          # of the queries', keys' and values' maps: Qwen2 has them, Llama not
 
     @property
     def width(self):
@@ -31,7 +32,7 @@ class Model:
     @property
     def n_linear(self):
         """Parameters of the layers' linear maps, the biases of q, k and v included."""
-        qkv = (self.hidden + 1) * (self.width + 2 * self.kv_width)
+        qkv = (self.hidden + self.bias) * (self.width + 2 * self.kv_width)
         return self.layers * (qkv + self.width * self.hidden + 3 * self.hidden * self.inter)
 
     @property
@@ -55,6 +56,7 @@ class Model:
 
 
 KNOWN = {
+    "SmolLM2-135M-Instruct": Model(576, 30, 9, 3, 1536, 49152, True, bias=False),
     "Qwen2.5-0.5B": Model(896, 24, 14, 2, 4864, 151936, True),
     "Qwen2.5-Math-1.5B": Model(1536, 28, 12, 2, 8960, 151936, True),
     "Qwen2.5-Math-7B": Model(3584, 28, 28, 4, 18944, 152064, False),
@@ -69,9 +71,13 @@ def find_model(name):
     if not config.is_file():
         return KNOWN.get(Path(name).name)
     c = json.loads(config.read_text())
+    head_dim = c.get("head_dim") or 0
+    if head_dim * c["num_attention_heads"] == c["hidden_size"]:      # what it is when not given
+        head_dim = 0
     return Model(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                  c["num_key_value_heads"], c["intermediate_size"], c["vocab_size"],
-                 c.get("tie_word_embeddings", False), c.get("head_dim") or 0)
+                 c.get("tie_word_embeddings", False), head_dim,
+                 c.get("attention_bias", c.get("model_type", "qwen2") == "qwen2"))
 
 
 def name_of(model) -> str:

@@ -43,7 +43,8 @@ from tools import roofline
 from tools.roofline import ASSUMED, Work
 from tools.sizes import KNOWN
 
-MODELS = {"0.5b": "Qwen2.5-0.5B", "1.5b": "Qwen2.5-Math-1.5B", "7b": "Qwen2.5-Math-7B"}
+MODELS = {"135m": "SmolLM2-135M-Instruct", "0.5b": "Qwen2.5-0.5B", "1.5b": "Qwen2.5-Math-1.5B",
+          "7b": "Qwen2.5-Math-7B"}
 
 
 # ----------------------------------------------------------------------------- a card is pretended
@@ -547,7 +548,7 @@ def trace(case: Case) -> dict:
 def shipped_cases() -> list[Case]:
     """What the recipes need: each token budget, and a shorter pack of the same kind for the line
     through both; short packs without checkpointing show what it costs."""
-    small, middle, large = MODELS.values()
+    tiny, small, middle, large = MODELS.values()
     cases = [Case(small, "one", n) for n in (8192, 16384)]
     cases += [Case(middle, "ddp", n, ranks=8) for n in (8192, 20480, 32768)]
     cases += [Case(large, "shard", n, ranks=8) for n in (8192, 18432, 32768)]
@@ -555,6 +556,8 @@ def shipped_cases() -> list[Case]:
     for model, budgets in ((small, (16384, 32768)), (middle, (20480, 65536)),
                            (large, (18432, 65536))):
         cases += [Case(model, "frozen", n, checkpointing=False) for n in budgets]
+    for way in ("one", "frozen"):
+        cases += [Case(tiny, way, n, checkpointing=False) for n in (2048, 4096)]
     return cases
 
 
