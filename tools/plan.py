@@ -55,7 +55,7 @@ ASSUMED = {
     "prompt_tokens": 150, "teacher_queries": 100000, "teacher_traces": 300000,
     "teacher_tokens": 11000, "self_tokens": 7000, "wrong_share": 0.4,
     "rlvr_problems": 10000, "rlvr_tokens": 11000, "eval_tokens": 12000, "eval_problems": 160,
-    "base_solutions": 0, "teacher_solutions": 0,
+    "base_solutions": 1000, "teacher_solutions": 10000,
     "cpu_training": 0, "cpu_drawing": 1, "cpu_scoring": 1,
 }
 N_PROBLEMS = {"aime24": 30, "aime25": 30, "brumo25": 30, "cmimc25": 40, "hmmt25": 30,
