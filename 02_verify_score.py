@@ -70,6 +70,10 @@ VERDICT = {"correct": (bool, type(None)), "status": str}
 SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bool, type(None)),
           "ppl": (float, int, type(None))}
 
+# Fields that `show` prints of a row that has them.
+SHOWN = {"problem": str, "objective": str, "correct": (bool, type(None)), "status": str,
+         "ppl": (float, int, type(None)), "n_tokens": int, "finish": str}
+
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
 PAPER_BINS = 80                 # (5.0 - 1.0) / 0.05
 PAPER_SIGMA_SHARE = 0.0625      # 0.25 / (5.0 - 1.0)
@@ -1034,7 +1038,10 @@ def draw_rows(args) -> tuple[list[dict], int]:
     """
     draw = random.Random(args.seed)
     kept, n_match = [], 0
-    for row in common.read_jsonl(args.samples, {"sid": str, "pid": str, "response": str}):
+    rows = common.read_jsonl(args.samples, {"sid": str, "pid": str, "response": str})
+    for number, row in enumerate(rows, 1):
+        shown = {name: kind for name, kind in SHOWN.items() if name in row}
+        common.check_fields(row, shown, f"{args.samples}:{number}")
         if args.pid not in (None, row["pid"]) or args.sid not in (None, row["sid"]):
             continue
         n_match += 1
