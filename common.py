@@ -419,7 +419,7 @@ def located_rows(path, fields: dict | None = None, key=None):
 
 
 def no_number(literal: str):
-    raise ValueError(f"{shortened(literal)} is no number of JSON")
+    raise ValueError(f"{literal[:60]} is no number of JSON")
 
 
 def finite(literal: str) -> float:
@@ -436,7 +436,7 @@ def parse_row(line: bytes, where: str) -> dict:
     if len(line) > LONGEST_ROW:
         die(f"{where}: the line is longer than {LONGEST_ROW:,} bytes; shorten or remove it")
     try:
-        row = DECODER.decode(line.decode())
+        row = DECODER.decode(line.decode("utf-8-sig"))       # some editors begin with a mark
         if b"\\ud" in line.lower():                          # half of a pair of surrogates?
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
