@@ -180,10 +180,12 @@ class Benchmark:
 
     def sidecar(self) -> dict:
         meta = common.read_meta(self.rows)
+        path = common.meta_path(self.rows)
         if meta is None:
-            die(f"{common.meta_path(self.rows)}, which says how {self.rows} was drawn, is missing")
-        if "inputs" not in meta or not isinstance(meta.get("args", {}).get("model"), str):
-            die(f"{common.meta_path(self.rows)} does not say which model drew {self.rows}")
+            die(f"{path}, which says how {self.rows} was drawn, is missing")
+        model = meta.get("args", {}).get("model")
+        if "inputs" not in meta or not isinstance(model, str):
+            die(f"{path} does not say which model drew {self.rows}")
         return meta
 
     def note(self, **facts):
@@ -267,9 +269,11 @@ def stored_results(out) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         die(f"{path} is not valid JSON ({error}); remove it, it is made anew")
-    for name in ("benchmarks", "seconds"):
-        if not isinstance(results, dict) or not isinstance(results.get(name), dict):
-            die(f"{path} has no '{name}'; remove it, it is made anew")
+    try:
+        results["benchmarks"].keys()
+        results["seconds"].keys()
+    except (TypeError, KeyError, AttributeError):
+        die(f"{path} has no benchmarks or no seconds; remove it, it is made anew")
     return results
 
 

@@ -1007,6 +1007,13 @@ def test_space_behind_seconds_makes_them_no_secant(unit):
     assert verifier.judge(r"\sec\frac{\pi}{3}", "2") == verifier.judge(r"\text{max}\{1, 2\}", "2") == (True, "ok")
 
 
+def test_an_integral_that_is_computed_roughly_is_unknown_not_wrong():
+    gold = r"\int_0^1 x^{20}\,dx"
+    assert verifier.judge(r"\frac{1}{21}", gold) == (None, "unknown")
+    assert verifier.judge(r"\frac{1}{20}", gold) == (False, "ok")
+    assert verifier.judge(r"\frac{1}{3}", r"\int_0^1 x^2 dx") == (True, "ok")
+
+
 def test_golds_that_cannot_be_judged_are_named():
     readable = ["5", "x+1", "\\text{no solution}", ["5", "6"], "7:55 \\text{ p.m.}", "y'=2y", "f(0)"]
     unreadable = ["\\frac{1}{0}", "\\frac{1}{", "", [], ["5", "1,2,\\ldots,n"], "5 \\text{ foos}", "9^{9^{9}}"]
