@@ -360,7 +360,8 @@ def problem_text(value, where, column):
     return "" if value is None else check_text(value, where, column)
 
 
-NO_ANSWER = ("", "nan", "null", "inf", "+inf", "-inf")  # what tables write where there is nothing
+# What tables write where there is nothing.
+NO_ANSWER = ("", "nan", "null", "<na>", "n/a", "#n/a", "inf", "+inf", "-inf")
 
 
 def answer_text(value, where, column):
@@ -511,7 +512,7 @@ class Overlap:
         holders = {}  # n-gram -> {(benchmark, pid)} that hold it
         for path in paths:
             benchmark = Path(path).stem
-            for row in common.read_jsonl(path, {"pid": str, "problem": str}):
+            for row in common.read_jsonl(path, {"pid": str, "problem": str}, key="pid"):
                 self.n_problems[benchmark] += 1
                 for gram in self.grams(row["problem"]):
                     holders.setdefault(gram, set()).add((benchmark, row["pid"]))
@@ -686,7 +687,8 @@ def known_answers(args, source):
     if args.answers == "join":
         if not args.problems:
             die("--answers join needs --problems (rows with pid and answer)")
-        rows = common.read_jsonl(args.problems, {"pid": str, "answer": (str, list)})
+        fields = {"pid": str, "answer": (str, list)}
+        rows = common.read_jsonl(args.problems, fields, key="pid")
         return {row["pid"]: row["answer"] for row in rows}
     if args.answers == "column" and source.answer is None:
         die(f"{args.source} has no column of answers: give --answers join --problems P.jsonl, or, "

@@ -67,8 +67,13 @@ ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
 PROBLEM = {"pid": str, "problem": str, "answer": (str, list)}
 SAMPLE = {"sid": str, "pid": str, "response": str, "n_tokens": int, "finish": str}
 VERDICT = {"correct": (bool, type(None)), "status": str}
-SCORED = {"sid": str, "pid": str, "n_tokens": int, "finish": str, "correct": (bool, type(None)),
-          "ppl": (float, int, type(None))}
+VERIFIED = SAMPLE | VERDICT | {"problem": str}
+SCORED = {"sid": str, "pid": str, "problem": str, "response": str, "n_tokens": int, "finish": str,
+          "correct": (bool, type(None)), "ppl": (float, int, type(None))}
+
+# Fields that `show` prints of a row that has them.
+SHOWN = {"problem": str, "objective": str, "correct": (bool, type(None)), "status": str,
+         "ppl": (float, int, type(None)), "n_tokens": int, "finish": str}
 
 LABEL = {True: "correct", False: "wrong", None: "unknown"}
 PAPER_BINS = 80                 # (5.0 - 1.0) / 0.05
@@ -363,10 +368,7 @@ def score(args):
 
 def rows_to_score(args):
     """The rows of --samples that --only keeps, one by one."""
-    fields = SAMPLE | VERDICT
-    if args.ppl_context == "prompt":
-        fields = fields | {"problem": str}
-    for row in common.read_jsonl(args.samples, fields, key="sid"):
+    for row in common.read_jsonl(args.samples, VERIFIED, key="sid"):
         if args.only in ("all", LABEL[row["correct"]]):
             yield row
 
@@ -987,11 +989,8 @@ def copy_rows(columns: Columns, picked, objective: str, file):
         for i in np.sort(picked):
             lines.seek(int(columns.offset[i]))
             row = json.loads(lines.readline())
-            for name in ("problem", "response"):
-                text = row.get(name)
-                if not isinstance(text, str) or text == "":
-                    die(f"{columns.path}:{i + 1}: field '{name}' is missing, empty or no text; "
-                        "`verify` and `score` make the file anew")
+            if row["response"] == "":
+                die(f"{columns.path}:{i + 1}: the response is empty; remove this row")
             example = {
                 "sid": row["sid"],
                 "pid": row["pid"],
@@ -1034,7 +1033,10 @@ def draw_rows(args) -> tuple[list[dict], int]:
     """
     draw = random.Random(args.seed)
     kept, n_match = [], 0
-    for row in common.read_jsonl(args.samples, {"sid": str, "pid": str, "response": str}):
+    rows = common.read_jsonl(args.samples, {"sid": str, "pid": str, "response": str})
+    for number, row in enumerate(rows, 1):
+        shown = {name: kind for name, kind in SHOWN.items() if name in row}
+        common.check_fields(row, shown, f"{args.samples}:{number}")
         if args.pid not in (None, row["pid"]) or args.sid not in (None, row["sid"]):
             continue
         n_match += 1

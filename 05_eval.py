@@ -66,7 +66,9 @@ from model import (
 )
 
 PROBLEM = {"pid": str, "problem": str, "answer": (str, list)}
-RESPONSE = {"pid": str, "k": int, "response": str, "n_tokens": int, "finish": str, "status": str}
+RESPONSE = {"pid": str, "k": int, "response": str, "n_tokens": int, "finish": str, "status": str,
+            "predicted": (str, type(None)), "correct": (bool, type(None))}
+ENTROPY = {"pid": str, "entropy": float, "n_entropy_tokens": int, "of": str}
 UNGRADED = "ungraded"          # status of a row between generation and grading
 VERDICT = ("predicted", "correct", "status")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -178,8 +180,12 @@ class Benchmark:
 
     def sidecar(self) -> dict:
         meta = common.read_meta(self.rows)
+        path = common.meta_path(self.rows)
         if meta is None:
-            die(f"{common.meta_path(self.rows)}, which says how {self.rows} was drawn, is missing")
+            die(f"{path}, which says how {self.rows} was drawn, is missing")
+        model = meta.get("args", {}).get("model")
+        if "inputs" not in meta or not isinstance(model, str):
+            die(f"{path} does not say which model drew {self.rows}")
         return meta
 
     def note(self, **facts):
@@ -260,9 +266,15 @@ def stored_results(out) -> dict:
     if not path.exists():
         return {"benchmarks": {}, "seconds": {}}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         die(f"{path} is not valid JSON ({error}); remove it, it is made anew")
+    try:
+        results["benchmarks"].keys()
+        results["seconds"].keys()
+    except (TypeError, KeyError, AttributeError):
+        die(f"{path} has no benchmarks or no seconds; remove it, it is made anew")
+    return results
 
 
 # ------------------------------------------------------------------------------------- 1. generate
@@ -358,9 +370,9 @@ def stored_entropy(bench) -> dict[str, dict]:
         return {}
     samples, settings = sampled_ids(bench), bench.settings()
     entropy = {}
-    for row in common.read_jsonl(bench.entropy, {"pid": str}, key="pid"):
+    for row in common.read_jsonl(bench.entropy, ENTROPY, key="pid"):
         ids = samples.get(row["pid"])
-        if ids and row.get("of") == fingerprint(ids, settings):
+        if ids and row["of"] == fingerprint(ids, settings):
             entropy[row["pid"]] = row
     return entropy
 
@@ -677,7 +689,7 @@ def print_table(results):
     model = printable(results["model"])
     sampling = (f"temperature {results['temperature']}, top-p {results['top_p']}, "
                 f"at most {results['max_tokens']} tokens")
-    print(f"\n{model}  ·  {sampling}  ·  grader {results['grader']}")
+    print(f"\n{model}  ·  {printable(sampling)}  ·  grader {results['grader']}")
     lines = []
     for name, b in results["benchmarks"].items():
         lines.append({

@@ -72,8 +72,13 @@ import torch.distributed as torch_dist
 
 def die(message: str):
     """One clear sentence on stderr and exit code 2: the input is wrong, not the program."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks and control characters made visible: it may quote a file."""
+    return printable(text).replace("\n", "\\n")
 
 
 WRONG_PATH = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
@@ -98,7 +103,8 @@ def run(main):
         if isinstance(error, BrokenPipeError):               # `| head` has read enough: at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # Python flushes
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr, flush=True)
+        message = one_line(f"{where}{error.strerror or error}")
+        print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, WRONG_PATH) else 1)
     except MemoryError as error:
         print(f"error: out of memory ({error})", file=sys.stderr, flush=True)
@@ -230,7 +236,7 @@ def use_recipe(flags: dict, recipe, section: str):
         flags[key].default = value
         flags[key].required = False
     given = ", ".join(f"{key}={value}" for key, value in values.items())
-    print(f"[{section}] from {recipe}: {given}", flush=True)
+    print(one_line(f"[{section}] from {recipe}: {given}"), flush=True)
 
 
 def misfit(value, flag: argparse.Action) -> str | None:
@@ -351,6 +357,10 @@ def is_count(value) -> bool:
     return 1 <= value < 2**31
 
 
+def is_index(value) -> bool:
+    return 0 <= value < 2**31
+
+
 def is_perplexity(value) -> bool:
     return value is None or 0.999 < value < math.inf         # rounding may take 1 below 1
 
@@ -362,6 +372,7 @@ SENSE = {
     "sid": (is_text, "a text that is not empty"),
     "problem": (is_text, "a text that is not empty"),
     "answer": (is_answer, "a text that is not empty, or a list of such texts"),
+    "k": (is_index, "at least 0 and below 2^31"),
     "n_tokens": (is_count, "at least 1 and below 2^31"),
     "ppl": (is_perplexity, "null, or a finite number of at least 1"),
     "finish": (("stop", "length").__contains__, "'stop' or 'length'"),
@@ -408,17 +419,24 @@ def located_rows(path, fields: dict | None = None, key=None):
 
 
 def no_number(literal: str):
-    raise ValueError(f"{literal} is no number of JSON")
+    raise ValueError(f"{literal[:60]} is no number of JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=no_number)         # json would take NaN and Infinity
+def finite(literal: str) -> float:
+    """Of 1e999 json would make an infinity, which no JSON can hold."""
+    value = float(literal)
+    return value if math.isfinite(value) else no_number(literal)
+
+
+# json would take NaN and Infinity
+DECODER = json.JSONDecoder(parse_constant=no_number, parse_float=finite)
 
 
 def parse_row(line: bytes, where: str) -> dict:
     if len(line) > LONGEST_ROW:
         die(f"{where}: the line is longer than {LONGEST_ROW:,} bytes; shorten or remove it")
     try:
-        row = DECODER.decode(line.decode())
+        row = DECODER.decode(line.decode("utf-8-sig"))       # some editors begin with a mark
         if b"\\ud" in line.lower():                          # half of a pair of surrogates?
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -715,6 +733,10 @@ def meta_path(path) -> Path:
     return Path(path).with_name(f"{stem}.meta.json")
 
 
+# Fields of a sidecar that are read again, where they are there.
+SIDECAR = {"args": dict, "inputs": dict, "versions": dict, "commit": str, "scorer": str}
+
+
 def read_meta(path) -> dict | None:
     """The sidecar of an output, or None."""
     sidecar = meta_path(path)
@@ -726,6 +748,10 @@ def read_meta(path) -> dict | None:
         die(f"{sidecar} is not valid JSON ({error}); it is written beside {path}: make both anew")
     if not isinstance(meta, dict):
         die(f"{sidecar} is no sidecar (a JSON object); it is written beside {path}: make both anew")
+    for name, kind in SIDECAR.items():
+        if name in meta and not isinstance(meta[name], kind):
+            die(f"{sidecar}: '{name}' is {type(meta[name]).__name__}, expected {kind.__name__}; "
+                f"it is written beside {path}: make both anew")
     return meta
 
 

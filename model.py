@@ -64,10 +64,28 @@ def load_tokenizer(path, any_markup: bool = False):
 
 def render_prompt(tokenizer, problem: str, instruction: str = INSTRUCTION) -> list[int]:
     """Token ids of the user turn (the problem, then the instruction) and the opening of the
-    assistant's, no system prompt."""
-    messages = [{"role": "user", "content": problem + instruction}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    assistant's, no system prompt.
+
+    Markup in the problem stays text: a problem cannot end the user's turn (A11).
+    """
+    def with_template(content):
+        messages = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if not holds_markup(tokenizer, problem):
+        return ids_of(with_template(problem + instruction))
+    place = "\ue000"                                         # of the problem: in no template
+    before, _, after = with_template(place + instruction).partition(place)
+    return ids_of(before) + encode_text(tokenizer, problem) + ids_of(after)
+
+
+def holds_markup(tokenizer, text: str) -> bool:
+    """Would a part of the text become a control token?"""
+    added = tokenizer.added_tokens_decoder.values()
+    return any(token.special and token.content in text for token in added)
 
 
 def add_instruction_flag(add):

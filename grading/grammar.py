@@ -59,7 +59,7 @@ NAME = re.compile(rf"(?:[a-zA-Z]|[A-Z]{{2,3}}|{MARKED}|" r"\\[a-zA-Z]+(?:\{[^{}]
                   r"'*(?:\^\{-1\}(?=\())?(?:\([^()]*\))?"
                   r"|\|(?:[A-Z]+|\\vec *(?:\{[^{}]*\}|[a-zA-Z]))\||[a-z](?:\+[a-z])+")
 # The fraction of a mixed number: \frac{4}{5}, \frac45.
-MIXED = re.compile(r"\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9])(?![0-9]))")
+MIXED = re.compile(r"\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9])(?![0-9.]))")
 # A ratio of lengths or areas: AB/CD = 2/3, S_1/S_2 = 1/4.
 LENGTHS = re.compile(r"\\frac\{[A-Z](?:[A-Z]{1,2}|_[^{}]+|_\{[^{}]*\})\}"
                      r"\{[A-Z](?:[A-Z]{1,2}|_[^{}]+|_\{[^{}]*\})\}")
@@ -613,7 +613,7 @@ def named_together(parts):
 def ranges(kind, items):
     """x<1 or x>2 is a union, x>1 and x<2 an intersection, x=1 or x>2 has a point. A comma may mean
     either: it is an intersection if there is one."""
-    if kind != "or" and len(items[0]) == 3 and items[0][1][2] == items[0][2][1]:
+    if kind != "or" and leaves_out_one(items[0]):
         taken = [item for item in items[1:] if item[0] not in ("union", "=")]
         if len(taken) == len(items) - 1:                           # x ≠ 0, 1
             return ("setminus", NUMBER_SETS[-1], ("set", items[0][2][1], *taken))
@@ -633,6 +633,14 @@ def ranges(kind, items):
     for item in items:
         parts += item[1:] if item[0] in ("union", "set") else (item,)
     return ("union", *parts)
+
+
+def leaves_out_one(tree):
+    """Is this all of the line but one number: x ≠ 0, as (-oo, 0) and (0, oo)?"""
+    if tree[0] != "union" or [part[0] for part in tree[1:]] != ["()", "()"]:
+        return False
+    below, above = tree[1:]
+    return len(below) == len(above) == 3 and below[2] == above[1]
 
 
 def condition(tree):

@@ -212,7 +212,7 @@ RULES = [
      r"(?= *[^a-z ]|$| +[a-z])", r"\\\1 "),
     # sec and min are units too; before an argument they are functions: sec(x), but 12 sec, m/sec.
     (r"(?<![\\a-zA-Z])(?:\\text *\{ *(sec|min|max) *\}|(sec|min|max))"
-     r"(?= *(?:[({0-9\\]| [a-z](?![a-z])))", r"\\\1\2 "),
+     r"(?= *(?:[({0-9]|\\[a-zA-Z{]| [a-z](?![a-z])))", r"\\\1\2 "),
     # Digits in groups of three: 10{,}080, 11,\! 111,\! 100, 1\,000, 1 000. (A comma alone is judged
     # later.)
     (r"(?<![0-9.])[0-9]{1,3}(?:(?:\{,\}|,? *\\! *|\\[,;: ]| |~)[0-9]{3})+(?![0-9])", joined_digits),

@@ -331,3 +331,18 @@ def test_a_wrong_run_section_is_one_sentence(change, said, capsys):
         values_of(recipe)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("section, key, value", [
+    ("train", "epochs", "x"), ("train", "epochs", [3]), ("train", "shard", "no"), ("train", "model", [3]), ("train", "token_budget", 0),
+    ("rlvr", "max_steps", float("nan")), ("train", "epochs", -1), ("select", "n_ce", float("inf")), ("eval", "n_of", 3), ("eval", "n_of", ["x"]),
+    ("plan", "card_gb", "x"), ("plan", "card", 3), ("plan", "card", "\x1b[31m"), ("plan", "teacher_tokens", float("nan")),
+    ("plan", "self_tokens", -5), ("plan", "utilisation", [0.1]), ("plan", "utilisation", {"a": 1}), ("plan", "max_seqs", True),
+    ("plan", "bandwidth_tbs", 0)])
+def test_a_value_that_no_plan_can_be_made_with_is_one_sentence(section, key, value, capsys):
+    recipe = recipes.load_recipe(ROOT / "recipes/paper_1.5b.toml")
+    recipe[section] = {**recipe[section], key: value}
+    with pytest.raises(SystemExit) as stop:
+        plan.Plan(recipe, 8)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith(f"error: [{section}]: {key} = ") and said.count("\n") == 1 and "\x1b" not in said

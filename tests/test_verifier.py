@@ -992,6 +992,28 @@ def test_a_lone_surrogate_is_only_an_odd_letter(text):
     assert verifier.verify("\ud800" + boxed("5"), "5").correct is True
 
 
+@pytest.mark.parametrize("text", [r"x+y, x<2", r"12 \cup 12, 3", r"\{2\} \cup \{3\}, 4", r"2\frac12.5", r"\frac12\frac12.5"])
+def test_odd_lists_and_mixed_numbers_are_read_or_refused(text):
+    """Found by test_fuzz.py: what follows a sum or a union in a list, and a decimal where a digit should be."""
+    assert verifier.judge(text, text) == (True, "ok")
+    assert verifier.judge(text, text + "1")[0] is not True and verifier.judge(text + "1", text)[0] is not True
+    verifier.unreadable_golds([text], workers=0)
+    assert verifier.judge(r"x \ne 0, 1", r"(-\infty,0) \cup (0,1) \cup (1,\infty)") == (True, "ok")
+
+
+@pytest.mark.parametrize("unit", [r"\text{ sec}", r"\mathrm{min}", r"\mathrm{ft} / \mathrm{sec}"])
+def test_space_behind_seconds_makes_them_no_secant(unit):
+    assert verifier.judge(rf"5 {unit}\,", f"5 {unit}") == verifier.judge(rf"5 {unit}\;", "5") == (True, "ok")
+    assert verifier.judge(r"\sec\frac{\pi}{3}", "2") == verifier.judge(r"\text{max}\{1, 2\}", "2") == (True, "ok")
+
+
+def test_an_integral_that_is_computed_roughly_is_unknown_not_wrong():
+    gold = r"\int_0^1 x^{20}\,dx"
+    assert verifier.judge(r"\frac{1}{21}", gold) == (None, "unknown")
+    assert verifier.judge(r"\frac{1}{20}", gold) == (False, "ok")
+    assert verifier.judge(r"\frac{1}{3}", r"\int_0^1 x^2 dx") == (True, "ok")
+
+
 def test_golds_that_cannot_be_judged_are_named():
     readable = ["5", "x+1", "\\text{no solution}", ["5", "6"], "7:55 \\text{ p.m.}", "y'=2y", "f(0)"]
     unreadable = ["\\frac{1}{0}", "\\frac{1}{", "", [], ["5", "1,2,\\ldots,n"], "5 \\text{ foos}", "9^{9^{9}}"]

@@ -18,6 +18,7 @@ that a mean token sits in.
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -101,6 +102,36 @@ def checkpoint_bytes(model, keep):
 # --------------------------------------------------------------------------------- a command's cost
 
 
+def check_values(recipe):
+    """Dies unless the values that enter the arithmetic are of their defaults' kinds, and sound."""
+    for section, defaults in {**DEFAULTS, "plan": ASSUMED}.items():
+        for key, value in recipe.get(section, {}).items():
+            reason = misfit(key, value, {"model": "", **defaults}.get(key), section == "plan")
+            if reason:
+                die(f"[{section}]: {key} = {value!r} {reason}")
+
+
+def misfit(key, value, default, is_assumed):
+    """Why a value cannot be planned with, or None; a number that is assumed may be a range."""
+    if default is None:                              # enters no figure
+        return None
+    if isinstance(value, str) and not value.isprintable():
+        return "has control characters"
+    if isinstance(default, (bool, str)):
+        return None if type(value) is type(default) else f"is not {type(default).__name__}"
+    if key == "n_of":
+        texts = value if isinstance(value, list) else [None]
+        sound = all(re.fullmatch("[^=]+=[0-9]{1,9}", str(text)) for text in texts)
+        return None if sound else 'is no list of "NAME=N"'
+    numbers = value if is_assumed and isinstance(value, list) and len(value) == 2 else [value]
+    for number in numbers:
+        if type(number) not in (int, float) or not 0 <= number < 1e15:
+            return "is not a finite number of at least 0"
+        if number == 0 and (is_assumed or key == "token_budget" or key.endswith("per_step")):
+            return "must be above 0"
+    return None
+
+
 @dataclass
 class Cost:
     tokens: float = 0
@@ -125,6 +156,7 @@ class Plan:
         unknown = set(recipe.get("plan", {})) - set(ASSUMED)
         if unknown:
             die(f"[plan]: unknown keys {sorted(unknown)}; known: {', '.join(sorted(ASSUMED))}")
+        check_values(recipe)
         self.recipe = recipe
         self.cards = max(1, cards)
         self.digits = 1                         # of hours; a run that a CPU can do takes few

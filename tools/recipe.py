@@ -41,7 +41,10 @@ SECTION_OF = {
 
 
 def die(message):
-    print(f"error: {message}", file=sys.stderr)
+    """One line on stderr and exit code 2; control characters that a recipe holds are made visible.
+    """
+    visible = [c if c.isprintable() else repr(c)[1:-1] for c in message]
+    print(f"error: {''.join(visible)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -331,7 +331,13 @@ def safe(text) -> str:
         return match[0] if len(match[0]) > 1 else "\\" + match[0]
 
     text = common.printable(str(text)).replace("\n", " ")
-    return re.sub(r"`[\w ,+−-]+`|[\\`*\[\]<>~&|]", shown, text)
+    edge = r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"             # inside oxa_full it is only a letter
+    return re.sub(rf"`[\w ,+−-]+`|[\\`*\[\]<>~&|]|{edge}", shown, text)
+
+
+def paragraph(text) -> str:
+    """`safe`, and no heading, list, rule or block of code by how it begins."""
+    return re.sub(r"^(\d*)(?=[-+#=.)])", r"\1\\", safe(text).strip())
 
 
 def table(head, rows) -> str:
@@ -544,7 +550,7 @@ def explanation(folder, out) -> list[str]:
     fields = {"title": str, "text": str, "columns": list, "rows": list, "figures": dict}
     parts = []
     for section in common.read_jsonl(path, fields) if path.exists() else ():
-        parts += [f"### {safe(section['title'])}", safe(section["text"])]
+        parts += [f"### {safe(section['title'])}", paragraph(section["text"])]
         rows = []
         for row in section["rows"]:
             if not isinstance(row, list) or len(row) != len(section["columns"]):
