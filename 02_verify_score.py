@@ -578,7 +578,8 @@ def read_columns(path, seed: int) -> Columns:
         columns["query"].append(numbers.setdefault(row["pid"], len(numbers)))
         columns["correct"].append(CODE[row["correct"]])
         columns["truncated"].append(row["finish"] == "length")
-        columns["ppl"].append(math.nan if row["ppl"] is None else row["ppl"])
+        ppl = row["ppl"]
+        columns["ppl"].append(math.nan if ppl is None else ppl)
         columns["n_tokens"].append(row["n_tokens"])
         columns["tie"].append(random_number(seed, row["sid"]))
     arrays = {name: np.array(column) for name, column in columns.items()}

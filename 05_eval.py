@@ -262,6 +262,10 @@ def show_unreadable_golds(benches, args):
 
 
 def stored_results(out) -> dict:
+    """OUT/results.json as an earlier run left it; without one, no benchmark and no seconds.
+
+    Its benchmarks stay beside the new ones if they were drawn alike (refuse_mixed_settings).
+    """
     path = Path(out) / "results.json"
     if not path.exists():
         return {"benchmarks": {}, "seconds": {}}
@@ -269,11 +273,9 @@ def stored_results(out) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         die(f"{path} is not valid JSON ({error}); remove it, it is made anew")
-    try:
-        results["benchmarks"].keys()
-        results["seconds"].keys()
-    except (TypeError, KeyError, AttributeError):
-        die(f"{path} has no benchmarks or no seconds; remove it, it is made anew")
+    for name in ("benchmarks", "seconds"):
+        if not isinstance(results, dict) or not isinstance(results.get(name), dict):
+            die(f"{path} has no {name}; remove it, it is made anew")
     return results
 
 
@@ -507,6 +509,7 @@ def refuse_unequal_numbers(bench, rows):
 
 
 def print_changes(bench, rows, changed):
+    """What --regrade judged otherwise: pairs of a row before and after."""
     print(f"{printable(bench.name)}: {len(changed)} of {len(rows)} verdicts changed")
     for before, after in changed:
         which = f"{printable(after['pid'])} k={after['k']}"
@@ -514,6 +517,7 @@ def print_changes(bench, rows, changed):
 
 
 def verdict_of(row) -> str:
+    """As --regrade prints it."""
     return f"{row['correct']} ({row['status']}, {row['predicted']!r})"
 
 
@@ -716,7 +720,10 @@ def print_table(results):
 
 
 def with_interval(x) -> str:
-    return "–" if x is None else f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
+    """An estimate with its 95 % interval."""
+    if x is None:
+        return "–"
+    return f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
 
 
 def show_responses(bench, rows, args):

@@ -237,7 +237,9 @@ class Plan:
     def select(self, s, model):
         n_ul = s["n_ul"] if s["arm"] == "oxa_full" else 0
         tokens = s["n_ce"] * self.p["teacher_tokens"] + n_ul * self.p["self_tokens"]
-        return Cost(tokens, disk=tokens * TEXT_BYTES, note=f"{s['n_ce']:,} + {n_ul:,} examples")
+        return Cost(tokens=tokens,
+                    disk=tokens * TEXT_BYTES,
+                    note=f"{s['n_ce']:,} + {n_ul:,} examples")
 
     def train(self, s, model):
         n_ce = self.settings("select")["n_ce"]
