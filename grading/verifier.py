@@ -744,8 +744,8 @@ def serve(megabytes, limits, parent):
     size = megabytes << 20
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         for pairs in requests(parent):
             for predicted, golds in pairs:
                 print(json.dumps(judge_any(predicted, golds)), flush=True)

@@ -818,6 +818,15 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def test_a_worker_whose_parent_is_gone_before_it_is_ready_says_nothing():
+    workers = verifier.Pool()
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*workers.command, str(os.getpid())], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, stdin=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_workers_stay_between_calls_and_one_that_died_meanwhile_is_replaced():
     pool = verifier.Pool()
     pairs = [(boxed(f"x+{k}"), f"{k}+x") for k in range(120)]
