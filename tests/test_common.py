@@ -189,7 +189,7 @@ def test_sound_rows_are_read_as_they_are(tmp_path, change):
 
 BAD_LINES = [
     (b'{"ppl": NaN}', "NaN is no number of JSON"), (b'{"ppl": -Infinity}', "-Infinity is no number"),
-    (b'{"ppl": 1e400}', "'ppl' is inf, expected null, or a finite number"),
+    (b'{"ppl": 1e400}', "1e400 is no number of JSON"),
     (b'{"x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "nested too deeply"),
     (b'{"x": "\\ud800"}', "stands alone, which is no character"), (b'{"x": ["\\uDFFF"]}', "stands alone"),
     (b'{"x": "\xed\xa0\x80"}', "not valid JSON"), (b'{"x": "\xe9"}', "not valid JSON"),

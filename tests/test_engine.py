@@ -385,6 +385,6 @@ def test_two_ranks_one_engine_each(model_path, tmp_path):
     """))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
                            script],
-                          capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "rank 0 fine" in done.stdout and "rank 1 fine" in done.stdout

@@ -1,6 +1,7 @@
 """Ranks that hang, die, leave, or are told to stop: the job ends in time, in its own words, with no process left."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -155,7 +156,9 @@ def wait_until(condition, seconds):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, code, said", [
     ("SIGTERM", 1, "stopped; step"), ("Ctrl-C", 1, "stopped; step"), ("kill -9 of torchrun", -9, "stopped; step"),
-    ("kill -9 of a rank", 1, "rank 0 lost the other ranks"), ("a rank is stopped", 1, "rank 1 has not answered for 5 s")])
+    # rank 0 sees that the other is gone, or torchrun, which saw it first, tells it to stop
+    ("kill -9 of a rank", 1, "rank 0 lost the other ranks|stopped by SIGTERM"),
+    ("a rank is stopped", 1, "rank 1 has not answered for 5 s")])
 def test_under_torchrun_nothing_is_left(inputs, tmp_path, name, code, said):
     out, log = tmp_path / "run", tmp_path / "log"
     words = UNEVEN.replace("--out run", f"--out {out}").split()
@@ -180,6 +183,6 @@ def test_under_torchrun_nothing_is_left(inputs, tmp_path, name, code, said):
             os.kill(pid, signal.SIGKILL)
         launcher.wait()
     text = log.read_text()
-    assert launcher.returncode == code and said in text, text
+    assert launcher.returncode == code and re.search(said, text), text
     rows, saved = metrics.read_text().count("\n"), sorted(path.name for path in out.glob("step-*"))
     assert "stopped;" not in said or saved[-1] == f"step-{rows:06d}"
