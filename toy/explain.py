@@ -403,6 +403,8 @@ def longer_table(run, seed):
     RLVR, after more of it."""
     rows, names = [], []
     for path in sorted((run.path / "longer").glob("*")):
+        if not (path / "eval" / "results.json").exists():                       # not at its end
+            continue
         own = run.path / f"seed-{seed}" / path.name
         for folder, log in ((own / "eval", None), (own / "eval_rlvr", own / "rlvr"),
                             (path / "eval", path / "rlvr")):
