@@ -69,6 +69,7 @@ def test_bootstrap_over_problems_covers_the_truth():
     assert 0.93 <= covered(draw, 0.25) <= 0.97
 
 
+@pytest.mark.slow
 def test_bootstrap_over_problems_and_seeds_covers_the_truth():
     """5 seeds on the same 40 problems, with effects of seed, of problem, and of both together."""
     def draw(rng):

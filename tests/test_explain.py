@@ -16,6 +16,8 @@ from tools import report
 from conftest import make_model
 from toy import explain, make_base, world
 
+pytestmark = pytest.mark.slow
+
 # per arm: shares of styles, and the share of each style's responses that is right
 ARMS = {"base": ({"leap": 0.8, "col": 0.2}, {"leap": 0.1, "col": 0.9}),
         "sft": ({"boiler": 0.6, "col": 0.4}, {"boiler": 0.1, "col": 0.9}),

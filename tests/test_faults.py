@@ -150,6 +150,7 @@ OTHER = {"teacher": "--limit 5", "model": "--seed 7", "verify": "--problems othe
 FOREIGN = ("out.rankings.jsonl", "out.txt", "run/notes.txt", "run/step-1.log", "run/problems.rank.jsonl", "run/x/final/a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", OTHER)
 def test_other_settings_are_refused_and_force_starts_over(world, tmp_path, monkeypatch, capsys, stage):
     """What --force leaves is what a first run leaves, and files that are not the stage's."""
@@ -295,6 +296,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(world, stages, whole, t
     assert n_refused >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "rlvr"])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(world, stages, whole, tmp_path, stage):
     expected, _, _ = whole.of(stage, 1)

@@ -614,6 +614,7 @@ def examples(function, strategy, n, **options):
     return chosen(given(strategy)(counted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", PROPERTIES, ids=lambda function: function.__name__)
 def test_a_few_examples(function):
     examples(function, PROPERTIES[function], SHORT[function], derandomize=True)()

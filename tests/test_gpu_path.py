@@ -21,6 +21,8 @@ from model import TokenLogprobs, clip_gradient, distribute, load_model
 from tools import plan, recipe, roofline, trace
 from tools.sizes import KNOWN
 
+pytestmark = pytest.mark.slow
+
 score = importlib.import_module("02_verify_score")
 train = importlib.import_module("03_train_oxa")
 rlvr = importlib.import_module("04_rlvr")

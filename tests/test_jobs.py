@@ -167,6 +167,7 @@ def is_refused(done, mark):
     return done.returncode == 2 and done.stderr.startswith("error: ") and not mark.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 def test_hostile_values_run_nothing(tmp_path, number):
     mark, recipe = tmp_path / "mark", tmp_path / "r.toml"
@@ -236,6 +237,7 @@ def test_response_limits_of_rlvr(tmp_path, kind, limits):
 # --------------------------------------------------------------------------------------------------------- several nodes
 
 
+@pytest.mark.slow
 def test_other_nodes_wait_for_what_node_0_does_alone(tmp_path):
     (tmp_path / "one.py").write_text("print('ran', file=open('ran', 'a'))\n")
     lines = "lock lock\nstep one python one.py\necho went on"

@@ -118,6 +118,7 @@ def sets(tmp_path_factory):
     return make_problems(tmp_path_factory.mktemp("words"), "--n-solutions", "400")
 
 
+@pytest.mark.slow
 @needs_package
 def test_every_solution_verifies_and_ends_in_its_answer(sets):
     for row in sets["warmup"] + sets["solutions"]:
@@ -127,6 +128,7 @@ def test_every_solution_verifies_and_ends_in_its_answer(sets):
         assert answer in re.findall(r"\d+", steps)                                # the last step says it too
 
 
+@pytest.mark.slow
 @needs_package
 def test_no_two_problems_share_their_numbers(sets):
     """A problem without its names: words that begin with a capital, or differ between draws of a template, are left out."""
@@ -141,6 +143,7 @@ def test_no_two_problems_share_their_numbers(sets):
         assert not held_out & shapes[name], name
 
 
+@pytest.mark.slow
 @needs_package
 def test_the_harder_set_has_larger_numbers(sets):
     def mean_answer(name):
@@ -148,6 +151,7 @@ def test_the_harder_set_has_larger_numbers(sets):
     assert mean_answer("hard") > 1.5 * mean_answer("seen")
 
 
+@pytest.mark.slow
 @needs_package
 def test_a_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
     small = ["--n-solutions", "20", "--n-problems", "20"]
@@ -156,6 +160,7 @@ def test_a_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
     assert first == again and first["seen"] != other["seen"]
 
 
+@pytest.mark.slow
 def test_without_the_package_one_sentence(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     (tmp_path / "reasoning_gym").mkdir()                     # a package without what is imported, whether or not the real one is there

@@ -202,6 +202,7 @@ def run_all(*args, **env):
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", **env})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper_1.5b", "paper_7b", "smoke_1gpu", "laptop", "toy"])
 def test_plan_of_run_all(name, tmp_path):
     done = run_all(name, "--plan", RUNS=str(tmp_path / "runs"))

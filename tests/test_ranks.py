@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT
 from test_faults import make_world, write
 
+pytestmark = pytest.mark.slow                                # ranks that are waited for
+
 RANK = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -153,7 +155,6 @@ def wait_until(condition, seconds):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, code, said", [
     ("SIGTERM", 1, "stopped; step"), ("Ctrl-C", 1, "stopped; step"), ("kill -9 of torchrun", -9, "stopped; step"),
     # rank 0 sees that the other is gone, or torchrun, which saw it first, tells it to stop

@@ -12,6 +12,8 @@ import pytest
 import common
 from tools import report
 
+pytestmark = pytest.mark.slow
+
 evaluate, prepare = importlib.import_module("05_eval"), importlib.import_module("02_verify_score")
 
 RATES = {"base": .05, "sft": .1, "sft_lp": .06, "oxa_mle": .4, "oxa_full": .45, "length_matched": .12, "longest": .3}

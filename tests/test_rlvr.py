@@ -379,6 +379,7 @@ def stuck_model(path, token):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token, tokens, cut, status", [
     ("a", 12, 1.0, "no_think_end"), ("<|im_end|>", 1, 0.0, "no_think_end"), ("<|endoftext|>", 1, 0.0, "no_think_end"),
     (" ", 12, 1.0, "no_think_end")])
@@ -474,6 +475,7 @@ def two_minded(tmp_path_factory):
     return path, problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_rewards_teach_and_shuffled_rewards_do_not(two_minded, tmp_path, monkeypatch, shuffled):
     if shuffled:     # as many rewards as before, but not for the rollouts that earned them

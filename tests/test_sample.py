@@ -647,6 +647,7 @@ def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_di
         load_tokenizer(r1)                                        # but nothing may be trained in this markup
 
 
+@pytest.mark.slow
 def test_model_bad_input(tmp_path, tiny_model_dir, problem_file, capsys):
     args = ["model", "--model", tiny_model_dir, "--problems", problem_file, "--engine", "hf", "--out",
             tmp_path / "o.jsonl"]

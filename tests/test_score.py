@@ -82,6 +82,7 @@ def test_perplexities_equal_a_plain_loop(world, tmp_path, context, max_tokens):
     assert n_empty > 0 and common.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_whole,half", [(0, False), (5, True), (16, False), (37, True), (70, False)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half):
     score(world, tmp_path / "whole.jsonl")
@@ -196,6 +197,7 @@ def test_verify_refuses_what_it_cannot_judge(world, tmp_path, capsys):
                                               "--problems", world / "problems.jsonl")
 
 
+@pytest.mark.slow
 def test_the_exit_code_on_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "02_verify_score.py", "select", "--arm", "sft", "--teacher", tmp_path / "no.jsonl",
                            "--out", tmp_path / "o.jsonl"], capture_output=True, text=True)

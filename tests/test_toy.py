@@ -44,6 +44,7 @@ def write_world(out, *flags):
     return {path.stem: [json.loads(line) for line in path.open()] for path in Path(out).iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", world.WORLDS)
 def test_every_trace_comes_back_from_the_tokenizer(which):
     tokenizer = make_base.build_tokenizer()
@@ -152,6 +153,7 @@ def test_files_schemas_overlap_and_determinism(tmp_path):
     assert len(verdicts) == 360 and 0.8 < sum(verdicts) / len(verdicts) < 0.97
 
 
+@pytest.mark.slow
 def test_pretraining_text_holds_no_evaluation_problem_and_is_a_function_of_its_seed():
     tokenizer = make_base.build_tokenizer()
     docs, text_hash = make_base.documents(tokenizer, 2000, 5, "deep-leap")

@@ -263,6 +263,7 @@ def test_tokens_are_made_again_when_what_they_depend_on_has_changed(world, tmp_p
         assert byte_tokenizer().decode(ids[start:-1]) == response, "an edited set of the same size is noticed"
 
 
+@pytest.mark.slow
 def test_training_promotes_and_suppresses(world, tmp_path):
     last = {}
     for weight in ("0.0", "1.0"):

@@ -40,6 +40,7 @@ def test_every_labelled_pair():
     assert not wrong
 
 
+@pytest.mark.slow
 def test_verify_many_gives_the_verdicts_of_verify_in_order():
     pairs = [(case["response"], case["gold"]) for case in CASES]
     random.Random(1).shuffle(pairs)
@@ -204,6 +205,7 @@ def equal_in_truth(a, b):
     return a == b
 
 
+@pytest.mark.slow
 def test_200000_random_pairs_of_different_golds():
     draw = random.Random(20261123)
     pairs, truth = [], []
@@ -275,6 +277,7 @@ FITTING = {
 }
 
 
+@pytest.mark.slow
 def test_master_keys_open_nothing():
     golds = sorted({case["gold"] for case in CASES if isinstance(case["gold"], str)})
     keys = " ".join(MASTER_KEYS.values()).split()
@@ -363,6 +366,7 @@ BY_EYE = [
 ]
 
 
+@pytest.mark.slow
 def test_random_pairs_of_different_golds_are_equal_only_if_sympy_confirms():
     equal = {(a, b) for a, b in gold_pairs(15_000, 14) if verifier.judge(a, b)[0] is True}
     assert len(equal) > 10
@@ -391,6 +395,7 @@ def random_expression(draw, depth):
     return make()
 
 
+@pytest.mark.slow
 def test_random_expressions_against_sympy():
     """sympy writes an expression, rewrites it (equal), and changes one number in it (mostly not); its verdict is ours."""
     draw = random.Random(2)
@@ -632,6 +637,7 @@ print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 """
 
 
+@pytest.mark.slow
 def test_hostile_text_is_judged_quickly_in_little_memory():
     """In one process, so that a text that kills it kills them all; processor seconds, as the machine may be shared."""
     assert len(HOSTILE) >= 150
@@ -647,6 +653,7 @@ def test_hostile_text_is_judged_quickly_in_little_memory():
     assert set(accepted) == strange | {"２０４"}
 
 
+@pytest.mark.slow
 def test_hostile_golds_are_not_called_wrong_answers():
     verdicts = [verifier.verify(boxed("204"), text) for text in HOSTILE]
     assert (
@@ -740,6 +747,7 @@ def judge_among_neighbours(text, off, seconds=1.5, megabytes=512):
     return verdicts[30]
 
 
+@pytest.mark.slow
 def test_the_pool_survives_with_the_limits_off(capfd):
     """Each limit stops a text that without it hangs, fills the memory, or at the least is judged."""
     trials = [
@@ -772,6 +780,7 @@ def latex_status(text):
     return verifier.judge(text, "7")[1]
 
 
+@pytest.mark.slow
 def test_the_pool_survives_an_abort():
     """A process that aborts, as with gmpy2 and a huge factorial: here from outside, at one pair, both times."""
     pool, hang = verifier.Pool(seconds=60, limits={"bits": 10**18}), ("9^{9^{9}}", ("7",))
@@ -827,6 +836,7 @@ def test_a_worker_whose_parent_is_gone_before_it_is_ready_says_nothing():
     assert done.returncode == 0 and done.stderr == b""
 
 
+@pytest.mark.slow
 def test_workers_stay_between_calls_and_one_that_died_meanwhile_is_replaced():
     pool = verifier.Pool()
     pairs = [(boxed(f"x+{k}"), f"{k}+x") for k in range(120)]
@@ -894,6 +904,7 @@ def test_a_worker_has_a_clean_environment_no_torch_and_a_memory_limit(monkeypatc
         pool.close()
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them():
     code = (
         "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from grading import verifier\n"
@@ -914,6 +925,7 @@ def test_workers_end_with_the_process_that_started_them():
             pytest.fail(f"the worker outlives its parent after {how}")
 
 
+@pytest.mark.slow
 def test_a_worker_notices_that_its_parent_is_gone_though_another_process_holds_the_pipe():
     code = (
         "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from grading import verifier\n"
@@ -966,6 +978,7 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_verdict():
 
 
 # -------------------------------------------------------------------------------------------- properties of the grammar
+@pytest.mark.slow
 def test_equality_is_symmetric_and_reflexive_on_the_golds():
     golds = sorted({case["gold"] for case in CASES if isinstance(case["gold"], str)})
     assert all(verifier.judge(gold, gold) == (True, "ok") for gold in golds)
