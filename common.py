@@ -112,8 +112,8 @@ def run(main):
     except RuntimeError as error:                            # gloo has no exception of its own
         if not torch_dist.is_initialized() or not re.search("gloo|Connection closed", str(error)):
             raise
-        if StopFlag.noted:                # the others had no loop yet, and left at once
-            leave(StopFlag.noted, None)
+        if StopFlag.number:               # the others had no loop yet, and left at once
+            leave(StopFlag.number, None)
         message = "lost the other ranks; the first of them to end says why"
         print(f"error: rank {torch_dist.get_rank()} {message}", file=sys.stderr, flush=True)
         raise SystemExit(1)
@@ -125,16 +125,15 @@ class StopFlag:
 
     No rank leaves while another waits for it in a collective, and a step is whole or never began.
     """
-    noted = 0                             # in this process
+    number = 0                            # of the signal; one for the process, as signals are
 
     def __init__(self):
-        self.number = 0
+        StopFlag.number = 0
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.note)
 
     def note(self, number, frame):
-        self.number = self.number or number
-        StopFlag.noted = self.number
+        StopFlag.number = StopFlag.number or number
 
     def is_set(self) -> bool:
         return self.number != 0
@@ -864,9 +863,6 @@ def start_output(path, schema: str, args, inputs=(), may_differ=(), run=None, be
     path = Path(path)
     claim_output(path, inputs)
     if vars(args).get("force"):
-        for given in inputs:
-            if str(given).endswith(".jsonl") and not Path(given).is_file():
-                die(f"{given}: no such file; nothing was removed")
         remove_earlier(path, schema, inputs, run, beside)
     begun = [part for part in (path, *parts_of(path)) if part.exists() and part.stat().st_size]
     if run:
@@ -893,6 +889,9 @@ def remove_earlier(path: Path, schema: str, inputs, run=None, beside=()):
     """--force: remove what an earlier run of this command left, and nothing else. That it was this
     command's is what the sidecar says; so the sidecar goes last, and without it nothing goes.
     """
+    for given in inputs:
+        if str(given).endswith(".jsonl") and not Path(given).is_file():
+            die(f"{given}: no such file; nothing was removed")
     left = [path, *parts_of(path)]
     for pattern in OF_A_RUN if run else ():
         left += sorted(Path(run).glob(pattern))
@@ -1113,7 +1112,7 @@ class Heartbeat(threading.Thread):
                     if unchanged[rank] >= 10 and not self.store.add(f"{rank} left", 0):
                         self.give_up(rank)
             self.store.add(f"{self.rank} left", 1)
-        except RuntimeError:
+        except torch_dist.DistError:
             return                       # the store is gone: the job is ending, others say why
 
     def give_up(self, rank: int):

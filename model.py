@@ -657,9 +657,15 @@ def first_line(error: Exception) -> str:
 
 def compile_layers(model):
     """torch.compile for each decoder layer, in place and before `distribute`: norms, rotary, SwiGLU
-    and casts are fused. Packed attention is left as it is: its groups differ from pack to pack."""
-    from transformers import AttentionInterface
-    AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    and casts are fused. Packed attention is left as it is: its groups differ from pack to pack.
+
+    It gets a name of its own, which this model alone looks up: other models are loaded later.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    name = "packed_not_compiled"
+    AttentionInterface.register(name, torch.compiler.disable(packed_attention))
+    AttentionMaskInterface.register(name, no_mask)
+    model.config._attn_implementation = name
     for layer in model.model.layers:
         layer.compile(dynamic=True)                       # packs differ in length
 
