@@ -35,13 +35,15 @@ tests=("${tests[@]/%/.jsonl}")
 in_data="${data#"$run"/}" in_out="seed-$seed"    # names of steps and of their logs begin like this
 
 # 1. Data: problems with their answers, teacher traces, benchmarks, the RLVR prompts.
-few="$warmup" many="$teacher_solutions"          # training sets of a base and of a teacher, if any
+warmup_data="$warmup"                            # training sets of a base and of a teacher, if any
+teacher_data="$teacher_solutions"
 if [ "$world" = word-problems ]; then
 
   # Everything but the traces, which a model has to write. (A recipe may name solutions too.)
   step "$in_data/world" python toy/word_problems.py "${world_args[@]}" \
     --out "$data" --seed "$data_seed"
-  few="${warmup:-$data/warmup.jsonl}" many="${teacher_solutions:-$data/solutions.jsonl}"
+  warmup_data="${warmup:-$data/warmup.jsonl}"
+  teacher_data="${teacher_solutions:-$data/solutions.jsonl}"
 
 elif [ "$world" != none ]; then
 
@@ -64,9 +66,9 @@ if [ -n "$base_model" ]; then
 
   # A base that does not know the format gets a short fine-tuning on a few solutions first:
   # `warmup`, a training set as 03 reads it. Its settings are [train]'s, but for the epochs.
-  if [ -n "$few" ]; then
+  if [ -n "$warmup_data" ]; then
     step "$in_data/warmup" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" --model "$base" \
-      --data "$few" --epochs "$warmup_epochs" --out "$data/base" --seed "$data_seed"
+      --data "$warmup_data" --epochs "$warmup_epochs" --out "$data/base" --seed "$data_seed"
     base="$data/base"
   fi
 
@@ -101,9 +103,9 @@ fi
 # A teacher that is a model: `teacher_model`, or the base, fine-tuned on `teacher_solutions` if the
 # recipe names some. Its samples are verified like any others, so wrong ones do no harm.
 teacher="${teacher_model:-$base}"
-if [ -n "$many" ]; then
+if [ -n "$teacher_data" ]; then
   step "$in_data/train-teacher" "${ranks[@]}" 03_train_oxa.py --recipe "$recipe" \
-    --model "$teacher" --data "$many" --epochs "$teacher_epochs" \
+    --model "$teacher" --data "$teacher_data" --epochs "$teacher_epochs" \
     --out "$data/teacher" --seed "$data_seed"
   teacher="$data/teacher"
 fi
