@@ -50,9 +50,9 @@ from tqdm import tqdm
 
 from common import die
 from engines import make_engine
-from model import (add_instruction_flag, check_instruction, check_model_dir, check_positions,
-                   decode_response, encode_response, load_config, load_tokenizer, model_dir,
-                   render_prompt)
+from model import (add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
+                   check_positions, decode_response, encode_response, load_config, load_tokenizer,
+                   model_dir, render_prompt)
 
 # -------------------------------------------------------------------- sources: which column is what
 
@@ -935,8 +935,7 @@ def add_model_flags(add):
     add("--limit", type=int, default=0, help="first problems only; 0: all")
     add("--engine", choices=("auto", "vllm", "hf"), default="auto",
         help="auto: vLLM where it is installed with a GPU")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of weights and cache on a CPU; a card computes in bfloat16")
+    add_dtype_flag(add)
     add("--gpu-memory", type=float, default=0.9, help="share of a card's memory for vLLM")
     add("--kv-cache-gb", type=float, default=0,
         help="KV cache of vLLM in GiB; 0: what --gpu-memory leaves")

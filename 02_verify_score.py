@@ -57,9 +57,9 @@ from tqdm import tqdm
 
 from common import die
 from grading.verifier import unreadable_golds, verify_many
-from model import (add_instruction_flag, check_instruction, check_model_dir, check_positions,
-                   encode_text, load_config, load_model, load_tokenizer, model_dir, pack_sequences,
-                   render_prompt, token_logprobs)
+from model import (add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
+                   check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
+                   pack_sequences, render_prompt, token_logprobs)
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
 
@@ -108,6 +108,7 @@ def parse_args(argv=None):
     p.add_argument("--ppl-context", choices=("response", "prompt"), default="response",
                    help="response: its text alone (the paper's); prompt: given the rendered prompt")
     add_instruction_flag(p.add_argument)
+    add_dtype_flag(p.add_argument)
     p.add_argument("--max-score-tokens", type=int, default=32768,
                    help="right-truncate longer sequences, tokens")
     p.add_argument("--token-budget", type=int, default=32768,
@@ -355,7 +356,8 @@ def score(args):
         for work in one_ahead(tokenised(blocks, tokenizer, args, dist)):
             if model is None:
                 model = load_model(directory, device=dist.device)
-            mine = response_nll(model, work.sequences, args.token_budget, dist.device)
+            mine = response_nll(model, work.sequences, args.token_budget, dist.device,
+                                bf16=args.dtype == "bfloat16")
             nll, n_scored = gathered(mine, work, dist)
             if writes:
                 for i in range(work.n_old, len(work.block)):
@@ -446,7 +448,8 @@ def scored_sequences(tokenizer, rows: list[dict], args) -> list[tuple[np.ndarray
 
 
 @torch.no_grad()
-def response_nll(model, sequences, budget: int, device="cpu") -> tuple[np.ndarray, np.ndarray]:
+def response_nll(model, sequences, budget: int, device="cpu",
+                 bf16=False) -> tuple[np.ndarray, np.ndarray]:
     """(ids, start) of S sequences -> sum of -log p over the scored tokens [S], their number [S]."""
     lengths = np.array([len(ids) for ids, _ in sequences], dtype=int)
     starts = np.array([start for _, start in sequences], dtype=int)
@@ -457,7 +460,7 @@ def response_nll(model, sequences, budget: int, device="cpu") -> tuple[np.ndarra
     for places in packs_by_length(lengths[some], budget):
         indices = some[places]                           # which of the S are in this pack
         pack = pack_sequences([sequences[i] for i in indices], device)
-        logp, _ = token_logprobs(model, pack)            # [N] of the pack's scored tokens
+        logp, _ = token_logprobs(model, pack, bf16=bf16)     # [N] of the pack's scored tokens
         nll_of_pack = torch.zeros(len(indices), dtype=torch.float64, device=device)
         nll_of_pack.index_add_(0, pack.seq, -logp.double())
         sums.append((indices, nll_of_pack))

@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 from common import die
 from model import (
-    END_OF_TURN, TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir,
-    clip_gradient, compile_layers, distribute, encode_response, gradient_sync, latest_checkpoint,
-    load_config, load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs,
-    render_prompt, save_checkpoint, sweep)
+    END_OF_TURN, TokenLogprobs, add_dtype_flag, add_instruction_flag, check_instruction,
+    check_model_dir, clip_gradient, compile_layers, distribute, encode_response, gradient_sync,
+    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
+    pack_sequences, plan_packs, render_prompt, save_checkpoint, sweep)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -88,6 +88,7 @@ def parse_args(argv=None):
         help="sequences of this many tokens (prompt + response) or more are dropped")
     add("--token-budget", type=int, default=32768,
         help="tokens in a micro-batch on one card")
+    add_dtype_flag(add)
     add("--seed", type=int, default=42,
         help="order of the data")
     add("--gradient-checkpointing", action="store_true",
@@ -408,7 +409,7 @@ def main(argv=None):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.compile:
         compile_layers(model)
-    policy = distribute(TokenLogprobs(model), dist, args.shard)
+    policy = distribute(TokenLogprobs(model, bf16=args.dtype == "bfloat16"), dist, args.shard)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr, betas=(0.9, 0.95),
                                   fused=True)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0

@@ -56,10 +56,10 @@ from tqdm import tqdm
 import engines
 from grading import verifier
 from model import (
-    TokenLogprobs, add_instruction_flag, check_instruction, check_model_dir, check_positions,
-    clip_gradient, compile_layers, decode_response, distribute, gradient_sync, latest_checkpoint,
-    load_config, load_model, load_state, load_tokenizer, model_dir, pack_sequences, plan_packs,
-    render_prompt, save_checkpoint, sweep, token_logprobs)
+    TokenLogprobs, add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
+    check_positions, clip_gradient, compile_layers, decode_response, distribute, gradient_sync,
+    latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
+    pack_sequences, plan_packs, render_prompt, save_checkpoint, sweep, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
@@ -142,6 +142,7 @@ def parse_args(argv=None):
         help="fully_shard instead of DDP: for what one card cannot hold (7B)")
     add("--max-logp-gap", type=float, default=0.0,
         help="mean gap to the engine that stops the run; 0: see refuse_gap")
+    add_dtype_flag(add)
     add("--seed", type=int, default=42,
         help="of the order of prompts and of sampling")
     add("--save-every", type=int, default=20,
@@ -357,7 +358,8 @@ def score(reference, rollouts, args, device) -> list[torch.Tensor]:
     logps = [None] * len(rollouts)
     for places in plan_rollouts(rollouts, range(len(rollouts)), args):
         members = [rollouts[i] for i in places]
-        logp, _ = token_logprobs(reference, pack_rollouts(members, device), args.temperature)
+        logp, _ = token_logprobs(reference, pack_rollouts(members, device), args.temperature,
+                                 bf16=args.dtype == "bfloat16")
         for i, part in zip(places, logp.split([len(r.ids) for r in members])):
             logps[i] = part
     return logps
@@ -493,9 +495,10 @@ def accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_lo
 def refuse_gap(gap: float, args, dist, where: str):
     """Stop if the mean |log p(trainer) - log p(engine)| is over --max-logp-gap.
 
-    0: the limit is 1e-4, or 0.05 on CUDA, where both sides compute in bf16 (A43).
+    0: the limit is 1e-4, or 0.05 where both sides compute in bf16, as always on CUDA (A43).
     """
-    limit = args.max_logp_gap or (0.05 if dist.device.startswith("cuda") else 1e-4)
+    bf16 = args.dtype == "bfloat16" or dist.device.startswith("cuda")
+    limit = args.max_logp_gap or (0.05 if bf16 else 1e-4)
     if not gap <= limit:
         common.die(f"{where}: mean |log p(trainer) - log p(engine)| is {gap:.2g}, over the limit "
                    f"(--max-logp-gap) of {limit:g}: the engine draws from other weights, or from "
@@ -681,13 +684,14 @@ def main(argv=None):
     if args.compile:
         compile_layers(model)
     # log-probs at the sampling temperature: the distribution that acted (A32)
-    policy = distribute(TokenLogprobs(model, args.temperature), dist, args.shard)
+    policy = distribute(TokenLogprobs(model, args.temperature, args.dtype == "bfloat16"),
+                        dist, args.shard)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)             # betas (0.9, 0.999) (A40)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
     reference = load_model(args.model, device=dist.device) if args.kl_coef else None
     engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device,
-                                 gpu_memory=args.gpu_memory, sleep=args.sleep)
+                                 dtype=args.dtype, gpu_memory=args.gpu_memory, sleep=args.sleep)
     engine.sync(model)
 
     say(f"{args.prompts_per_step} problems x {args.rollouts} rollouts per step, {n_steps} steps "

@@ -52,6 +52,7 @@ from common import die, printable
 from engines import make_engine
 from grading import verifier
 from model import (
+    add_dtype_flag,
     add_instruction_flag,
     check_instruction,
     check_model_dir,
@@ -107,9 +108,7 @@ def parse_args(argv=None):
         help="of sampling")
     add("--engine", choices=["auto", "vllm", "hf"], default="auto",
         help="auto: vLLM on a GPU if installed")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of weights and key-value cache on a CPU (a GPU: bfloat16); bfloat16 is faster only "
-             "on CPUs that compute in it (lscpu: avx512_bf16, amx_bf16)")
+    add_dtype_flag(add)
     add("--entropy-samples", type=int, default=4,
         help="samples a problem to measure entropy on (0: none)")
     add("--token-budget", type=int, default=32768,

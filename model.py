@@ -94,6 +94,13 @@ def add_instruction_flag(add):
         help="text appended to every problem, in all stages of a run ([run] instruction)")
 
 
+def add_dtype_flag(add):
+    """`--dtype` of every stage that runs a model; `add`: the parser's add_argument."""
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="what a CPU computes in, over float32 weights where it trains or scores (a card: "
+             "bfloat16); faster only on CPUs that have it (lscpu: avx512_bf16, amx_bf16)")
+
+
 INSTRUCTION_FILE = "instruction.json"        # in the directory of a model that was trained with one
 
 
@@ -443,19 +450,21 @@ class OutputLayer(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def token_logprobs(model, pack: Pack, temperature: float = 1.0, entropy: bool = False):
+def token_logprobs(model, pack: Pack, temperature: float = 1.0, entropy: bool = False,
+                   bf16: bool = False):
     """Log-probs of a pack's scored tokens: (logp [N] float32, entropy [N] in nats, or None).
     Differentiable in logp.
 
-    Both are of softmax(logits / temperature). Compute is bf16 on CUDA (autocast over float32
-    weights), the weights' own type elsewhere.
+    Both are of softmax(logits / temperature). Compute is bf16 on CUDA, and on a CPU with `bf16`
+    (autocast over float32 weights); else it is the weights' own type.
     """
     cuda = pack.input_ids.is_cuda
-    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+    bf16 = bf16 or cuda
+    with torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=bf16):
         out = model.model(input_ids=pack.input_ids[None], position_ids=pack.position_ids[None],
                           pack=pack, use_cache=False)
     hidden = out.last_hidden_state[0, pack.rows]                            # [N, H]
-    if cuda:
+    if bf16:
         hidden = hidden.to(torch.bfloat16)
     weight = model.get_output_embeddings().weight
     return OutputLayer.apply(hidden, weight, pack.targets, temperature, entropy)
@@ -469,13 +478,14 @@ class TokenLogprobs(torch.nn.Module):
     function of what it returns.
     """
 
-    def __init__(self, model, temperature: float = 1.0):
+    def __init__(self, model, temperature: float = 1.0, bf16: bool = False):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.bf16 = bf16
 
     def forward(self, pack):
-        return token_logprobs(self.model, pack, self.temperature, entropy=True)
+        return token_logprobs(self.model, pack, self.temperature, entropy=True, bf16=self.bf16)
 
 
 # ---------------------------------------------------------------------------------- loading models

@@ -96,6 +96,27 @@ def test_a_sequence_does_not_see_its_neighbours(tiny_model_dir):
 
 
 @pytest.mark.parametrize("share", [False, True])
+def test_bf16_on_a_cpu_computes_over_float32_weights(tiny_model_dir, share):
+    """As on a card: products in bf16, log-probs, masters and gradients in float32, all within bf16's rounding."""
+    found = {}
+    for bf16 in (False, True):
+        model = load_model(tiny_model_dir, trainable=True)
+        inputs = []
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda _, __, out: inputs.append(out.dtype))
+        logp, entropy = token_logprobs(model, pack_sequences(random_sequences(6, seed=3), share=share), 0.85, True, bf16)
+        logp.mean().backward()
+        assert set(inputs) == {torch.bfloat16 if bf16 else torch.float32} and logp.dtype == entropy.dtype == torch.float32
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        found[bf16] = logp.detach(), entropy.detach(), [p.grad for p in model.parameters()]
+    assert 0 < (found[True][0] - found[False][0]).abs().max() < 0.1
+    assert 0 < (found[True][1] - found[False][1]).abs().max() < 0.05
+    for mine, exact in zip(found[True][2], found[False][2]):
+        assert (mine - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("share", [False, True])
 def test_the_cuda_attention_is_that_of_a_cpu_but_for_its_kernel(monkeypatch, share):
     """The lines that only a card reaches, with the kernel replaced by a loop over sequences that obeys its signature."""
     from torch.nn.attention import varlen

@@ -327,7 +327,7 @@ def test_a_cast_taken_from_the_attention_is_stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [("hidden = hidden.to(torch.bfloat16)", "pass"),
-                                      ("enabled=cuda", "enabled=False")])
+                                      ("enabled=bf16", "enabled=False")])
 def test_a_cast_taken_from_the_primitive_is_seen(old, new, tmp_path, monkeypatch):
     changed = rewritten(model_room.token_logprobs, old, new)
     monkeypatch.setattr(model_room, "token_logprobs", changed)

@@ -448,6 +448,19 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_bfloat16_on_a_cpu_is_held_to_a_cards_gap(tiny_model_dir, problems, tmp_path, capsys):
+    """Engine, policy and reference compute in bf16: they differ by its rounding, which 1e-4 would refuse."""
+    flags = ["--max-steps", "2", "--kl-coef", "0.1"]
+    exact = run(tiny_model_dir, problems, tmp_path / "float32", *flags)
+    rounded = run(tiny_model_dir, problems, tmp_path / "bfloat16", *flags, "--dtype", "bfloat16")
+    assert all(row["logp_gap"] < 1e-5 for row in exact) and all(1e-4 < row["logp_gap"] < 0.05 for row in rounded)
+    assert load_model(tmp_path / "bfloat16/final").dtype == torch.float32
+    with pytest.raises(SystemExit):
+        run(tiny_model_dir, problems, tmp_path / "limit", *flags, "--dtype", "bfloat16", "--max-logp-gap", "1e-4")
+    assert "over the limit (--max-logp-gap) of 0.0001" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------- learning
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,14 @@ def test_perplexities_equal_a_plain_loop(world, tmp_path, context, max_tokens):
     assert n_empty > 0 and common.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
 
 
-@pytest.mark.slow
+def test_perplexities_in_bfloat16_are_those_of_float32_but_for_rounding(world, tmp_path):
+    exact, rounded = (score(world, tmp_path / dtype, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
+    pairs = [(a["ppl"], b["ppl"]) for a, b in zip(exact, rounded, strict=True) if a["ppl"] is not None]
+    assert all(b == pytest.approx(a, rel=0.05) for a, b in pairs) and sum(a != b for a, b in pairs) > 0.9 * len(pairs)
+    with pytest.raises(SystemExit):
+        score(world, tmp_path / "float32", "--dtype", "bfloat16")
+
+
 @pytest.mark.parametrize("n_whole,half", [(0, False), (5, True), (16, False), (37, True), (70, False)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half):
     score(world, tmp_path / "whole.jsonl")
@@ -102,6 +109,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half)
     assert meta["status"] == first["status"] and meta["rows"] == first["rows"] == sum(meta["status"].values()) == 70
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(world, tmp_path):
     one = score(world, tmp_path / "one.jsonl")

@@ -271,6 +271,16 @@ def test_tokens_are_made_again_when_what_they_depend_on_has_changed(world, tmp_p
         assert byte_tokenizer().decode(ids[start:-1]) == response, "an edited set of the same size is noticed"
 
 
+def test_bfloat16_on_a_cpu_follows_the_float32_curve(world, tmp_path):
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        train.main(arguments(world, tmp_path / dtype, "--dtype", dtype))
+        rows[dtype] = list(common.read_jsonl(tmp_path / dtype / "metrics.jsonl"))
+    gaps = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(*rows.values(), strict=True)]
+    assert 0 < max(gaps) < 0.01 and len(gaps) > 3
+    assert load_model(tmp_path / "bfloat16/final").dtype == torch.float32
+
+
 @pytest.mark.slow
 def test_training_promotes_and_suppresses(world, tmp_path):
     last = {}
