@@ -49,10 +49,10 @@ import torch
 from tqdm import tqdm
 
 from common import die
-from engines import make_engine
+from engines import make_engine, settle_engine
 from model import (add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
                    check_positions, decode_response, encode_response, load_config, load_tokenizer,
-                   model_dir, render_prompt)
+                   model_dir, render_prompt, settle_dtype)
 
 # -------------------------------------------------------------------- sources: which column is what
 
@@ -802,6 +802,8 @@ def read_prompts(args, tokenizer):
 def model_samples(args):
     """`--n` samples of every problem, split over the ranks; a restart draws what is missing."""
     dist = common.init_distributed(patience_hours=24)    # a rank may draw for hours after another
+    settle_dtype(args, dist.device)
+    settle_engine(args)
     check_model_dir(args.model)
     tokenizer = load_tokenizer(args.model, any_markup=True)
     check_instruction(args.model, args.instruction)

@@ -59,7 +59,7 @@ from common import die
 from grading.verifier import unreadable_golds, verify_many
 from model import (add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
                    check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
-                   pack_sequences, render_prompt, token_logprobs)
+                   pack_sequences, render_prompt, settle_dtype, token_logprobs)
 
 ARMS = ("sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest")
 
@@ -328,6 +328,7 @@ def score(args):
     last bits on its neighbours, and so the file is bit for bit that of an uninterrupted run.
     """
     dist = common.init_distributed()
+    settle_dtype(args, dist.device)
     writes = dist.rank == 0
     directory = model_dir(args.model)
     inputs = [args.samples, directory]

@@ -41,7 +41,7 @@ from model import (
     END_OF_TURN, TokenLogprobs, add_dtype_flag, add_instruction_flag, check_instruction,
     check_model_dir, clip_gradient, compile_layers, distribute, encode_response, gradient_sync,
     latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
-    pack_sequences, plan_packs, render_prompt, save_checkpoint, sweep)
+    pack_sequences, plan_packs, render_prompt, save_checkpoint, settle_dtype, sweep)
 
 # ------------------------------------------------------------------------------------ configuration
 
@@ -381,6 +381,7 @@ def step_line(row: dict, n_steps: int, minutes_left: float) -> str:
 def main(argv=None):
     args = parse_args(argv)
     dist = common.init_distributed()
+    settle_dtype(args, dist.device)
     out = Path(args.out)
     say = common.printer(dist)
     if dist.rank == 0:
@@ -414,7 +415,8 @@ def main(argv=None):
                                   fused=True)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
 
-    # the fullest pack of the whole set at weight 0, thrown away: an out-of-memory shows at once
+    # the fullest pack of the whole set at weight 0, thrown away: activations that do not fit show
+    # at once (AdamW's moments come with the first step)
     rows = fullest_pack(data, args.token_budget)
     accumulate_gradient(policy, data, [rows], dict.fromkeys(rows, 0.0), args, dist)
     optimizer.zero_grad(set_to_none=True)
@@ -429,10 +431,10 @@ def main(argv=None):
         metrics = common.Metrics(out, done, args, args.wandb, args.tensorboard)
 
     stop = common.StopFlag()
-    started, first = time.time(), done
+    started, first = time.perf_counter(), done
     for step in range(done + 1, n_steps + 1):
         # the batch, the same on every rank, and this rank's share of it
-        began = time.time()
+        began = time.perf_counter()
         batch = batch_of_step(data, step, args)
         weights = token_weights(data, batch, args.normalize)
         packs = packs_of_step(data, batch, args, dist)
@@ -451,7 +453,7 @@ def main(argv=None):
         done = step
 
         # the log
-        seconds = time.time() - began
+        seconds = time.perf_counter() - began
         tokens = int(data.lengths[batch].sum())
         flops = step_flops(model, data, batch)
         row = {"step": step,
@@ -472,7 +474,7 @@ def main(argv=None):
             row["mfu"] = row["flops_per_second"] / (args.peak_tflops * 1e12 * dist.world)
         if metrics:
             metrics.log(row)
-        per_step = (time.time() - started) / (step - first)
+        per_step = (time.perf_counter() - started) / (step - first)
         say(step_line(row, n_steps, minutes_left=per_step * (n_steps - step) / 60))
 
         # checkpoints, and leaving together
@@ -486,7 +488,7 @@ def main(argv=None):
             raise SystemExit(128 + signal_number)
 
     save_checkpoint(out, "final", model, tokenizer, dist=dist, instruction=args.instruction)
-    say(f"done: {out / 'final'} after {n_steps} steps, {time.time() - started:.0f} s")
+    say(f"done: {out / 'final'} after {n_steps} steps, {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

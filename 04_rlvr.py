@@ -59,7 +59,7 @@ from model import (
     TokenLogprobs, add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
     check_positions, clip_gradient, compile_layers, decode_response, distribute, gradient_sync,
     latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
-    pack_sequences, plan_packs, render_prompt, save_checkpoint, sweep, token_logprobs)
+    pack_sequences, plan_packs, render_prompt, save_checkpoint, settle_dtype, sweep, token_logprobs)
 
 # The check after a weight sync: so many prefixes, each continued by so many tokens.
 CHECK_ROLLOUTS = 4
@@ -203,15 +203,37 @@ def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
 
 
 def usable_golds(problems, args) -> list[bool]:
-    """Is each gold right as its own response, and another answer wrong, not unknown? (A34)"""
-    itself, other = [], []
+    """Can each gold be judged by, and is it right as its own response? (A34)"""
+    unreadable = verifier.unreadable_golds([row["answer"] for row in problems],
+                                           args.verify_workers)
+    itself = []
     for row in problems:
         gold = row["answer"] if isinstance(row["answer"], str) else row["answer"][0]
         itself.append((f"</think>\\boxed{{{gold}}}", row["answer"]))
-        other.append(("</think>\\boxed{0}", row["answer"]))
-    verdicts = verifier.verify_many(itself + other, workers=args.verify_workers)
-    own, others = verdicts[:len(itself)], verdicts[len(itself):]
-    return [a.correct is True and b.correct is not None for a, b in zip(own, others)]
+    verdicts = verifier.verify_many(itself, workers=args.verify_workers)
+    return [verdict.correct is True and row["answer"] not in unreadable
+            for row, verdict in zip(problems, verdicts)]
+
+
+def answers_by_pid(problems) -> dict:
+    """pid -> gold answer, of the training and the evaluation problems."""
+    answers = {}
+    for problem in problems:
+        pid, answer = problem["pid"], problem["answer"]
+        if answers.setdefault(pid, answer) != answer:
+            common.die(f"pid {pid} is one problem in --problems and another in --eval-problems, "
+                       "with another answer")
+    return answers
+
+
+def refuse_longer(out, n_steps: int):
+    """A finished run is not made longer by other --max-steps or --epochs: say how, instead."""
+    path = out / "metrics.jsonl"
+    rows = list(common.read_jsonl(path)) if path.exists() else []
+    last = rows[-1]["step"] if rows else n_steps
+    if last < n_steps:
+        common.die(f"{out / 'final'} is the model after {last} steps, and {n_steps} are asked for: "
+                   "remove that directory, and the run goes on from its newest checkpoint")
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -495,10 +517,9 @@ def accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_lo
 def refuse_gap(gap: float, args, dist, where: str):
     """Stop if the mean |log p(trainer) - log p(engine)| is over --max-logp-gap.
 
-    0: the limit is 1e-4, or 0.05 where both sides compute in bf16, as always on CUDA (A43).
+    0: the limit is 1e-4, or 0.05 where both sides compute in bf16, as always on a GPU (A43).
     """
-    bf16 = args.dtype == "bfloat16" or dist.device.startswith("cuda")
-    limit = args.max_logp_gap or (0.05 if bf16 else 1e-4)
+    limit = args.max_logp_gap or (0.05 if args.dtype == "bfloat16" else 1e-4)
     if not gap <= limit:
         common.die(f"{where}: mean |log p(trainer) - log p(engine)| is {gap:.2g}, over the limit "
                    f"(--max-logp-gap) of {limit:g}: the engine draws from other weights, or from "
@@ -584,6 +605,7 @@ def summary(rollouts, rewards, verdicts, advantages, gaps, seconds, args, dist) 
     length = over_ranks([len(r.ids) for r in rollouts], args, dist)
     prompt = over_ranks([len(r.prompt_ids) for r in rollouts], args, dist)
     gap = over_ranks([float(gap.max()) for gap in gaps], args, dist)
+    updated = (length + prompt).sum() * args.updates_per_batch
     row = {"reward": reward.mean(),
            "reward_unknown": unknown.mean(),
            "groups_uniform": 1 - has_signal.any(axis=1).mean(),
@@ -598,8 +620,9 @@ def summary(rollouts, rewards, verdicts, advantages, gaps, seconds, args, dist) 
            "rollouts_per_second": length.size / seconds["rollout"],
            "tokens_per_second_rollout": length.sum() / seconds["rollout"],
            "tokens_per_second_verify": length.sum() / seconds["verify"],
-           "tokens_per_second_reference": (length + prompt).sum() / seconds["reference"],
-           "tokens_per_second_update": (length + prompt).sum() / seconds["update"]}
+           "tokens_per_second_update": updated / seconds["update"]}
+    if args.kl_coef:
+        row["tokens_per_second_reference"] = (length + prompt).sum() / seconds["reference"]
     for phase, duration in seconds.items():
         row[f"seconds_{phase}"] = duration
     return {name: float(x) for name, x in row.items()}
@@ -645,6 +668,8 @@ def rollout_rows(step, rollouts, rewards, verdicts, advantages, gaps):
 def main(argv=None):
     args = parse_args(argv)
     dist = common.init_distributed()
+    settle_dtype(args, dist.device)
+    engines.settle_engine(args)
     out = Path(args.out)
     say = common.printer(dist)
     if args.prompts_per_step < dist.world:
@@ -655,8 +680,6 @@ def main(argv=None):
         common.start_output(out / "rollouts.jsonl", "rollouts", args, inputs, MAY_DIFFER, run=out)
         sweep(out)
     common.barrier()                                   # --force may have removed a finished run
-    if (out / "final" / "config.json").exists():
-        return say(f"{out / 'final'} is there: nothing to do")
 
     # the problems, and what they need
     check_model_dir(args.model)
@@ -666,10 +689,13 @@ def main(argv=None):
     eval_problems = []
     if args.eval_every:
         eval_problems = usable_problems(args.eval_problems, tokenizer, args, dist.world, say)
-    answers = {problem["pid"]: problem["answer"] for problem in eval_problems + problems}
+    answers = answers_by_pid(problems + eval_problems)
     n_steps = len(problems) // args.prompts_per_step * args.epochs
     if args.max_steps:
         n_steps = min(n_steps, args.max_steps)
+    if (out / "final" / "config.json").exists():
+        refuse_longer(out, n_steps)
+        return say(f"{out / 'final'} is there: nothing to do")
     longest_prompt = max(len(problem["prompt_ids"]) for problem in problems + eval_problems)
     longest = longest_prompt + args.max_response_tokens
     check_positions(load_config(args.model), longest,

@@ -49,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from common import die, printable
-from engines import make_engine
+from engines import make_engine, settle_engine
 from grading import verifier
 from model import (
     add_dtype_flag,
@@ -63,6 +63,7 @@ from model import (
     pack_sequences,
     plan_packs,
     render_prompt,
+    settle_dtype,
     token_logprobs,
 )
 
@@ -614,7 +615,7 @@ def interval(values) -> dict:
     return {"value": mean[0], "low": low[0], "high": high[0]}
 
 
-def pass_curve(table) -> dict:
+def pass_curve_with_interval(table) -> dict:
     """Pass@k for k = 1..n with its interval; a share, so the interval is kept within [0, 1]."""
     curves = [common.pass_curve(row["n"], row["n_correct"]) for row in table]
     mean, low, high = common.bootstrap([[np.stack(curves)]])                           # [n] each
@@ -628,7 +629,7 @@ def pass_curve(table) -> dict:
 
 def summarise(rows, table) -> dict:
     """The results of one benchmark; every name is defined in docs/METRICS.md."""
-    curve = pass_curve(table)
+    curve = pass_curve_with_interval(table)
     lengths = np.array([row["n_tokens"] for row in rows])
     edges = np.geomspace(1, max(lengths.max() + 1, 2), 161)
     edges = np.unique(np.round(edges).astype(int))
@@ -752,6 +753,8 @@ def main(argv=None):
     judge = math_verify_grader() if args.second_grader else None
     benches = open_benchmarks(args)
     dist = common.init_distributed(patience_hours=24)
+    settle_dtype(args, dist.device)
+    settle_engine(args)
     draws = args.model is not None and not args.regrade
     if draws:
         check_model_dir(args.model)
@@ -808,9 +811,7 @@ def draw_and_measure(benches, args, dist) -> dict:
     unmeasured = [bench for bench in benches if len(stored_entropy(bench)) < len(bench.pids)]
     start = time.time()
     if unmeasured:
-        cuda = dist.device.startswith("cuda")
-        dtype = torch.bfloat16 if cuda else getattr(torch, args.dtype)
-        model = load_model(args.model, dtype, dist.device)
+        model = load_model(args.model, getattr(torch, args.dtype), dist.device)
         tokenizer = load_tokenizer(args.model)
         for bench in unmeasured:
             measure_entropy(bench, model, tokenizer, args, dist)

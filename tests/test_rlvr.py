@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import shutil
 import statistics
 import subprocess
 import sys
@@ -446,6 +447,25 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, tiny_model_dir, problems
         run(tiny_model_dir, problems, tmp_path / "out", *flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_finished_run_is_not_called_longer_than_it_is(tiny_model_dir, problems, tmp_path, capsys):
+    steps = run(tiny_model_dir, problems, tmp_path, "--max-steps", "1", "--save-every", "1")
+    assert len(steps) == 1 == len(run(tiny_model_dir, problems, tmp_path, "--max-steps", "1"))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model_dir, problems, tmp_path, "--max-steps", "2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "the model after 1 steps, and 2 are asked for" in error and error.count("\n") == 1
+    shutil.rmtree(tmp_path / "final")
+    assert [row["step"] for row in run(tiny_model_dir, problems, tmp_path, "--max-steps", "2")] == [1, 2]
+
+
+def test_a_pid_with_two_answers_is_refused(tiny_model_dir, problems, tmp_path, capsys):
+    other = write_problems(tmp_path / "other.jsonl", ["7"])
+    with pytest.raises(SystemExit) as stop:
+        run(tiny_model_dir, problems, tmp_path / "out", "--eval-every", "1", "--eval-problems", other)
+    assert stop.value.code == 2 and "pid p0 is one problem in --problems and another" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -80,6 +80,8 @@ begin() {
   whole_number NPROC "$NPROC" || return
   [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1    # one thread per process beats two, on two cores
   export TOKENIZERS_PARALLELISM=false
+  # after Ctrl-C a step is finished and saved; torchrun would kill it after 30 s
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 
   ranks=(python)             # starts a script on all cards
   if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
