@@ -1,4 +1,4 @@
-"""Stage 1: problems and teacher traces are imported, a model's own samples are drawn.
+"""Stage 1: import problems and teacher traces; sample a model.
 
     problems   a problem set or a benchmark               ->  problems rows
     teacher    a teacher's traces                         ->  samples rows, and their problems rows
@@ -6,17 +6,17 @@
 
 A source is a hub id or a local path: JSON Lines or one JSON array, CSV (these also as .gz), parquet
 (a file or a directory), `save_to_disk`. How the columns of a known source are read is declared in
-SOURCES and held against the columns that are there; nothing is guessed.
+SOURCES and checked against the actual columns; nothing is guessed.
 
 When all problems of a source end in one common text, that is its instruction: the problems are
 imported without it, it is printed, and the sidecar keeps it (`instruction`). Problem + instruction
 is the source's prompt, character by character; --instruction gives the stages that text.
 
-Deliberate simplifications: a problem is known by its text (`pid` = hash of it), so two wordings of
-one problem are two problems; the order of a source is kept; teacher traces count as finished
-(`finish = stop`); a response is imported as it is, but for an opening `<think>` that was part of
-its prompt and is put back; a JSON array is held in memory; a stream that ends early is not told
-from a short source.
+Deliberate simplifications: a problem is identified by its text (`pid` = hash of it), so two
+wordings of one problem are two problems; the order of a source is kept; teacher traces count as
+finished (`finish = stop`); a response is imported as it is, but for an opening `<think>` that was
+part of its prompt and is put back; a JSON array is held in memory; a stream that ends early cannot
+be distinguished from a short source.
 
 Commands (of the paper's recipe; `run_all.sh` has them all):
     python 01_sample.py problems --source HuggingFaceH4/aime_2024 --out aime24.jsonl
@@ -26,7 +26,7 @@ Commands (of the paper's recipe; `run_all.sh` has them all):
         --model deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --out self.jsonl
 """
 
-import common  # first: from here on Ctrl-C is one line
+import common  # first: installs signal handlers, so that Ctrl-C is one line, no traceback
 
 import csv
 import decimal
@@ -938,7 +938,7 @@ def add_model_flags(add):
     add("--engine", choices=("auto", "vllm", "hf"), default="auto",
         help="auto: vLLM where it is installed with a GPU")
     add_dtype_flag(add)
-    add("--gpu-memory", type=float, default=0.9, help="share of a card's memory for vLLM")
+    add("--gpu-memory", type=float, default=0.9, help="share of a GPU's memory for vLLM")
     add("--kv-cache-gb", type=float, default=0,
         help="KV cache of vLLM in GiB; 0: what --gpu-memory leaves")
     add("--out", required=True, metavar="JSONL", help="samples rows")

@@ -19,11 +19,11 @@ correct teacher responses, at most `--cap` per query:
     length_matched  control, ours and not the paper's: random, with the lengths of oxa_mle's picks
     longest         control, ours and not the paper's: the longest responses
 
-`correct` null (could not be judged) is not false: it is counted and shown, and goes into no
+`correct` null (could not be judged) is not false: it is counted and shown, and never enters a
 training set.
 
-Deliberate simplifications: rows are worked off in the order of the input, a block at a time; equal
-texts are scored each for itself; `select` reads the small columns first and copies the picked rows
+Deliberate simplifications: rows are processed in input order, a block at a time; duplicate texts
+are scored separately; `select` reads the small columns first and copies the picked rows
 in a second pass, so that its memory does not grow with the text.
 
     python 02_verify_score.py verify --samples teacher.jsonl --problems problems.jsonl \\

@@ -5,27 +5,27 @@ unlikelihood set.
          + ul_weight * mean over UL sequences of (mean over tokens of -log(1 - p))
 
 (PAPER.md, "Training"). The other arms are the case without unlikelihood rows. One optimizer step
-sees `ce_per_step` + `ul_per_step` sequences, whatever the number of cards: packs, accumulation and
+sees `ce_per_step` + `ul_per_step` sequences, whatever the number of GPUs: packs, accumulation and
 ranks only divide them. Every rank knows the whole step's batch (it is a function of seed and step),
-so each token's weight in the mean is known before the first forward and no micro-batch is averaged
-twice.
+so each token's loss weight is known before the first forward pass, and nothing is averaged per
+micro-batch.
 
 Deliberate simplifications
 - Full fine-tuning only, no dropout, no evaluation in the loop (05 does that).
 - The epoch is the cross-entropy set's, and the unlikelihood set is cycled beside it (A25).
 
-One process (a CPU, or one card), and a card each:
+One process (a CPU or one GPU), then one process per GPU:
 
     python 03_train_oxa.py --model BASE --data train.jsonl --out RUN
     torchrun --nproc_per_node 8 -- 03_train_oxa.py --recipe recipes/paper_1.5b.toml \\
         --model BASE --data train.jsonl --out RUN
 
 Writes RUN/final (the model), RUN/step-* (checkpoints with optimizer state), RUN/metrics.jsonl and
-its .meta.json. Run it again to go on from the newest checkpoint, bit for bit on a CPU; Ctrl-C ends
-the step, saves and leaves. Time: docs/LOG.md (toy), `run_all.sh --plan` (the node).
+its .meta.json. Run it again to resume from the newest checkpoint, bit for bit on a CPU; Ctrl-C
+finishes the step, saves and exits. Time: docs/LOG.md (toy), `run_all.sh --plan` (the node).
 """
 
-import common  # first: from here on Ctrl-C is one line
+import common  # first: installs signal handlers, so that Ctrl-C is one line, no traceback
 
 import math
 import time
@@ -65,13 +65,13 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=6,
         help="passes over the cross-entropy set")
     add("--ce-per-step", type=int, default=128,
-        help="cross-entropy sequences per step, over all cards")
+        help="cross-entropy sequences per step, over all GPUs")
     add("--ul-per-step", type=int, default=128,
-        help="unlikelihood sequences per step, over all cards")
+        help="unlikelihood sequences per step, over all GPUs")
     add("--ul-weight", type=float, default=1e-4,
         help="weight of the unlikelihood loss")
     add("--ul-clamp", choices=["published", "straight-through"], default="published",
-        help="log p is held below log(1 - 1e-6); 'published' loses the gradient beyond it, "
+        help="log p is clamped to at most log(1 - 1e-6); 'published' loses the gradient beyond it, "
              "'straight-through' keeps it")
     add("--normalize", choices=["sequence", "token"], default="sequence",
         help="'sequence': mean over sequences of their token means (paper); "
@@ -87,22 +87,22 @@ def parse_args(argv=None):
     add("--max-tokens", type=int, default=32768,
         help="sequences of this many tokens (prompt + response) or more are dropped")
     add("--token-budget", type=int, default=32768,
-        help="tokens in a micro-batch on one card")
+        help="tokens in a micro-batch on one GPU")
     add_dtype_flag(add)
     add("--seed", type=int, default=42,
         help="order of the data")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations in backward (long sequences)")
     add("--compile", action="store_true",
-        help="torch.compile each decoder layer; never tried on a card")
+        help="torch.compile each decoder layer; never tried on a GPU")
     add("--shard", action="store_true",
-        help="fully_shard instead of DDP: for what one card cannot hold (7B)")
+        help="fully_shard instead of DDP: for what one GPU cannot hold (7B)")
     add("--save-every", type=int, default=100,
         help="steps between checkpoints (0: only at the end)")
     add("--keep", type=int, default=1,
         help="checkpoints kept")
     add("--peak-tflops", type=float, default=0,
-        help="peak of one card, for the MFU in the log (989: H100 bf16); 0: no MFU")
+        help="peak of one GPU, for the MFU in the log (989: H100 bf16); 0: no MFU")
     add("--wandb", action="store_true",
         help="log to Weights & Biases too")
     add("--tensorboard", action="store_true",
@@ -125,8 +125,8 @@ def tokenize(args, tokenizer, max_positions: int):
     (borders, starts, sids).
 
     So memory does not grow with the text, and all ranks map one file. A sequence that is too long
-    is dropped and counted, never cut. Both files are written beside and renamed, the index last; it
-    holds the key of what it was made from.
+    is dropped and counted, never cut. Both files are written under other names and renamed, the
+    index last; it holds a hash of its inputs.
     """
     out = Path(args.out)
     key = cache_key(args, tokenizer)
@@ -211,7 +211,7 @@ class Data:
 def batch_of_step(data: Data, step: int, args) -> np.ndarray:
     """Row numbers [ce_per_step + ul_per_step] of `step` (from 1), the same on every rank.
 
-    Both counts are global, whatever the number of cards (A26); an epoch is the cross-entropy set's
+    Both counts are global, whatever the number of GPUs (A26); an epoch is the cross-entropy set's
     (A25).
     """
     ce = data.ce[common.rows_of_step(len(data.ce), args.ce_per_step, step, args.seed, "ce")]
@@ -280,8 +280,8 @@ def accumulate_gradient(policy, data: Data, packs, weights: dict, args, dist) ->
     ranks, by name.
 
     `packs`: this rank's micro-batches, as many as every other rank's. An empty one runs a dummy
-    instead, the shortest sequence at weight 0: it adds exactly nothing, and no rank waits for an
-    exchange that never comes.
+    instead, the shortest sequence at weight 0: it adds exactly nothing, and every rank joins every
+    collective.
     """
     sums = {}
     for k, rows in enumerate(packs):

@@ -4,7 +4,7 @@ checkpoint.
 One step, in the order of `main`:
 
     problems     P of them, a pure function of (seed, step)
-    rollouts     G responses to each, and the log-prob of every token when it was drawn
+    rollouts     G responses to each, and the log-prob of every token when it was sampled
     ref_logps    the same tokens under the starting model, for the KL term; meanwhile
     rewards      1 if the text after </think> verifies, else 0
     advantages   each reward against those of its group
@@ -13,34 +13,34 @@ One step, in the order of `main`:
     sync         the weights go into the engine, then engine and trainer score the same tokens
 
 With one update per batch the policy that is trained is the one that sampled: its ratio is exp(0) =
-1, and no pass of an "old" policy is made. With more, the forward pass of the first update gives the
-old log-probs.
+1, and no separate forward pass of an "old" policy is needed. With more, the forward pass of the
+first update gives the old log-probs.
 
 Deliberate simplifications
-- Rollouts are drawn with top-p 1: with less, the engine's distribution is not the trainer's and
+- Rollouts are sampled with top-p 1: with less, the engine's distribution is not the trainer's and
   every ratio is biased.
 - Policy, old policy and reference are taken at the sampling temperature, softmax(logits / T): the
-  distribution that acted (A32).
-- Prompts are split over the ranks, each with its own engine; a group never crosses ranks,
-  denominators always do.
-- Short rollouts of a problem share a pack, which reads their prompt once: the numbers are those of
-  reading it each time.
+  distribution that the rollouts were sampled from (A32).
+- Prompts are split over the ranks, each with its own engine; all rollouts of a prompt stay on one
+  rank, and denominators are counted over all ranks.
+- Short rollouts of a problem share a pack, which encodes their prompt once: the results are those
+  of encoding it per rollout.
 - Steps are synchronous: no rollout is older than the weights it trains. Constant learning rate, no
   reward shaping.
 
-One process (a CPU, or one card), and a card each:
+One process (a CPU or one GPU), then one process per GPU:
 
     python 04_rlvr.py --model RUN/sft --problems rlvr.jsonl --out RUN/rlvr
     torchrun --nproc_per_node 8 -- 04_rlvr.py --recipe recipes/paper_1.5b.toml --model RUN/sft \\
         --problems rlvr.jsonl --out RUN/rlvr
 
 Writes OUT/final (the model), OUT/step-* (checkpoints), OUT/metrics.jsonl (docs/METRICS.md) and
-OUT/rollouts.jsonl (a sample of each step). Run it again to go on from the newest checkpoint, bit
-for bit on a CPU. Ctrl-C gives up rollouts that are being drawn, ends a step that is being trained,
-saves and leaves. Time: docs/LOG.md (toy), `run_all.sh --plan` (the node).
+OUT/rollouts.jsonl (a sample of each step). Run it again to resume from the newest checkpoint, bit
+for bit on a CPU. Ctrl-C discards rollouts in progress, finishes an update in progress, saves and
+exits. Time: docs/LOG.md (toy), `run_all.sh --plan` (the node).
 """
 
-import common  # first: from here on Ctrl-C is one line
+import common  # first: installs signal handlers, so that Ctrl-C is one line, no traceback
 
 import contextlib
 import math
@@ -61,7 +61,7 @@ from model import (
     latest_checkpoint, load_config, load_model, load_state, load_tokenizer, model_dir,
     pack_sequences, plan_packs, render_prompt, save_checkpoint, settle_dtype, sweep, token_logprobs)
 
-# The check after a weight sync: so many prefixes, each continued by so many tokens.
+# The check after a weight sync: number of prefixes, and new tokens for each.
 CHECK_ROLLOUTS = 4
 CHECK_TOKENS = 8
 
@@ -91,11 +91,11 @@ def parse_args(argv=None):
     add("--engine", default="auto", choices=["auto", "hf", "vllm"],
         help="what draws the rollouts (auto: vLLM on a GPU)")
     add("--gpu-memory", type=float, default=0.3,
-        help="share of a card's memory for vLLM")
+        help="share of a GPU's memory for vLLM")
     add("--sleep", action="store_true",
         help="vLLM gives its memory to the trainer while no rollouts are drawn (7B)")
     add("--prompts-per-step", type=int, default=64,
-        help="problems per step, over all cards")
+        help="problems per step, over all GPUs")
     add("--rollouts", type=int, default=8,
         help="responses per problem: the group")
     add("--epochs", type=int, default=20,
@@ -133,13 +133,13 @@ def parse_args(argv=None):
     add("--grad-clip", type=float, default=1.0,
         help="clips the gradient norm to this (0: no limit)")
     add("--token-budget", type=int, default=32768,
-        help="tokens in a micro-batch on one card, prompts included")
+        help="tokens in a micro-batch on one GPU, prompts included")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations in backward (long sequences)")
     add("--compile", action="store_true",
-        help="torch.compile each decoder layer; never tried on a card")
+        help="torch.compile each decoder layer; never tried on a GPU")
     add("--shard", action="store_true",
-        help="fully_shard instead of DDP: for what one card cannot hold (7B)")
+        help="fully_shard instead of DDP: for what one GPU cannot hold (7B)")
     add("--max-logp-gap", type=float, default=0.0,
         help="mean gap to the engine that stops the run; 0: see refuse_gap")
     add_dtype_flag(add)
@@ -181,7 +181,7 @@ def parse_args(argv=None):
 
 
 def usable_problems(path, tokenizer, args, at_least: int, say) -> list[dict]:
-    """Problems whose prompt fits and whose gold answer can be judged by; the rest is counted.
+    """Problems whose prompt fits and whose gold answer can be graded against; the rest is counted.
 
     A gold that cannot be parsed (another answer than itself is then unknown, not wrong), or that
     does not verify as its own response, would make the problem a silent zero.
@@ -296,7 +296,7 @@ def group_advantages(rewards: torch.Tensor, group: int, formula: str = "grpo") -
 
     grpo     (r - mean) / (std + 1e-6), std with Bessel's correction
              Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300; PAPER.md, "RLVR"
-    dr_grpo  r - mean: easy and hard problems are not blown up
+    dr_grpo  r - mean: problems with nearly uniform rewards are not weighted up
              Liu et al. 2025, arXiv 2503.20783
 
     A group of one has nothing to compare with: mean 0, std 1. A uniform group has advantage 0.
@@ -322,8 +322,8 @@ def token_weights(rollouts, args, device) -> torch.Tensor:
     sequence  1 / (rollouts of the batch x tokens of this one)
               Shao et al. 2024, arXiv 2402.03300
 
-    The batch is that of all ranks and micro-batches, so neither changes the loss. What is out of
-    the loss (cut rollouts with --overlong mask, A37) has weight 0 and is in no count.
+    Counts are over the global batch, so ranks and micro-batches do not change the loss. What is out
+    of the loss (cut rollouts with --overlong mask, A37) has weight 0 and is in no count.
     """
     is_live = torch.tensor([args.overlong == "keep" or r.finish == "stop" for r in rollouts])
     n_tokens = torch.tensor([len(r.ids) for r in rollouts])
@@ -340,11 +340,11 @@ def token_weights(rollouts, args, device) -> torch.Tensor:
 
 
 def plan_rollouts(rollouts, chosen, args) -> list[list[int]]:
-    """Micro-batches of the `chosen` places in `rollouts`: at most --token-budget tokens each,
+    """Micro-batches of the `chosen` indices into `rollouts`: at most --token-budget tokens each,
     prompts included.
 
-    Short rollouts of one problem stay together, up to half of the budget: a pack reads their prompt
-    once.
+    Short rollouts of one problem stay together, up to half of the budget: a pack encodes their
+    prompt once.
     """
     if not chosen:
         return []
@@ -402,7 +402,7 @@ def tokens_of(places, rollouts, advantages, weights, ref_logps, old_logps, devic
     lengths = torch.tensor([len(rollouts[i].ids) for i in places])
 
     def joined(logps):
-        if logps is None or logps[places[0]] is None:
+        if logps is None or logps[places[0]] is None:       # an idle rank's dummy has none
             return None
         return torch.cat([logps[i] for i in places]).to(device)
 
@@ -452,13 +452,13 @@ def policy_loss(logp: torch.Tensor, tokens: PackTokens, args) -> tuple[torch.Ten
     loss = (weight * (tis * pg + args.kl_coef * kl)).sum()
 
     is_live = weight > 0
-    is_cut = (plain < clipped) & is_live
+    is_clipped = (plain < clipped) & is_live
     sums = {"loss": loss,
             "pg_loss": (weight * tis * pg).sum(),
             "tokens": is_live.sum(),
             "kl": (kl * is_live).sum(),
-            "clip_low": (is_cut & (A < 0)).sum(),
-            "clip_high": (is_cut & (A >= 0)).sum(),
+            "clip_low": (is_clipped & (A < 0)).sum(),
+            "clip_high": (is_clipped & (A >= 0)).sum(),
             "dual_clip": ((plain > bound) & is_live).sum(),
             "tis_weight": (tis * is_live).sum(),
             "logp_gap": ((logp_old - tokens.logp_engine).abs() * is_live).sum()}
@@ -473,7 +473,7 @@ def accumulate_gradient(policy, rollouts, advantages, weights, ref_logps, old_lo
 
     Every rank makes the same number of passes, and gradients are exchanged in the last one only. A
     rank with fewer packs runs its first rollout at weight 0 instead: it adds exactly nothing, and
-    no rank waits for an exchange that never comes.
+    every rank joins every collective.
     """
     live = [i for i in range(len(rollouts)) if weights[i] > 0]
     packs = plan_rollouts(rollouts, live, args)
@@ -531,7 +531,7 @@ def check_sync(engine, policy, rollouts, step: int, args, dist) -> dict:
     """Engine and trainer score the same tokens: a few rollouts, cut in half, continued by the
     engine.
 
-    It has read these very prefixes under the old weights, so a prefix cache that outlived the sync
+    These prefixes were cached under the old weights, so a prefix cache that outlived the sync
     shows as a gap too.
     """
     prefixes, seeds, n_new = [], [], CHECK_TOKENS
@@ -759,7 +759,7 @@ def main(argv=None):
         with ThreadPoolExecutor(1) as pool:
             grading = pool.submit(graded)
             with timed(seconds, "reference"):
-                ref_logps = score(reference, rollouts, args, dist.device) if reference else None
+                ref_logps = score(reference, rollouts, args, dist.device) if args.kl_coef else None
             verdicts = grading.result()
         rewards = rewards_of(verdicts)
         advantages = group_advantages(rewards, args.rollouts, args.advantage)

@@ -8,26 +8,26 @@
 
 For each benchmark BENCH (the name of its problems file) in --out:
 
-    BENCH.jsonl           a row a response: pid, k, seed, response, n_tokens, finish, predicted,
+    BENCH.jsonl           one row per response: pid, k, seed, response, n_tokens, finish, predicted,
                           correct, status; the first ones of each problem with their token ids
-    BENCH.entropy.jsonl   a row a problem: mean token entropy of the policy on its own samples
-    BENCH.problems.jsonl  a row a problem: what the paired comparisons of report.py are made from
+    BENCH.entropy.jsonl   one row per problem: mean token entropy of the policy on its own samples
+    BENCH.problems.jsonl  one row per problem: what report.py's paired comparisons are made from
     results.json          all that is printed, and Pass@k for all k (names: docs/METRICS.md)
 
-Three passes, and each goes on where it stopped: generate (rows are appended as they finish),
+Three passes, and each resumes where it stopped: generate (rows are appended as they finish),
 measure entropy, grade. The seed of a response is a function of (--seed, pid, k), so neither a
 restart nor the number of ranks changes any of them, and a larger --n keeps those that are there.
-Grading works on stored text only, which is why it can be done again; verdicts that another version
-of the grader gave, or on other answers, are given anew.
+Grading works on stored text only, so it can be repeated; rows that another version of the grader
+judged, or against other answers, are graded again.
 
 Deliberate simplifications
 - A response that could not be judged (correct null) counts as not correct in Pass@k, and is shown
   in its own column.
 - Entropy is taken at temperature 1 without top-p, the model's own distribution, on samples drawn at
-  --temperature and --top-p. Every problem weighs alike, as in Pass@1; `entropy_per_token` in
-  results.json weighs every token alike.
-- Intervals are over problems: they say how far another draw of problems of this kind might move the
-  number. The spread over training seeds needs several runs: report.py.
+  --temperature and --top-p. Problems are equally weighted, as in Pass@1; in `entropy_per_token` of
+  results.json tokens are.
+- Intervals are over problems: they say how much the number would vary over other samples of similar
+  problems. The spread over training seeds needs several runs: report.py.
 - The responses of one benchmark are held in memory for grading (128 x 500 long ones: 2 GB).
 
 Shapes: P problems, n samples of each, N scored tokens of a pack, S sequences in it.
@@ -342,7 +342,7 @@ def generate(benches, missing, args, dist):
             if k < args.entropy_samples:
                 row["ids"] = [int(token) for token in done.ids]
             writers[bench.name].write(row)
-    engine.sleep()                                # the card is free for the entropy's model
+    engine.sleep()                                # the GPU is free for the entropy's model
     for writer in writers.values():
         writer.close()
 

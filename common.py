@@ -1045,7 +1045,7 @@ class Dist:
 
 
 def init_distributed(patience_hours: float = 0.5) -> Dist:
-    """One process, or one of torchrun's: nccl with a card per rank, gloo on a CPU.
+    """One process, or one of torchrun's: nccl with a GPU per rank, gloo on a CPU.
 
     `patience_hours`: how long a rank waits for the others before it calls them lost; generation
     ends hours apart.

@@ -443,8 +443,8 @@ class VLLMEngine:
     `generation_config="vllm"` (no sampling settings out of the model's directory),
     `processed_logprobs` (after temperature and top-p, not before), stop tokens by id, a seed per
     request. The engine runs in this process, one for each rank. Under torchrun the process group
-    must exist before it, and on CUDA the "external launcher" puts it on LOCAL_RANK's card (the
-    plain executor would put every rank on card 0). GPU-only lines say so; none has run yet
+    must exist before it, and on CUDA the "external launcher" puts it on LOCAL_RANK's GPU (the
+    plain executor would put every rank on GPU 0). GPU-only lines say so; none has run yet
     (docs/GPU.md).
     """
 
@@ -507,7 +507,7 @@ class VLLMEngine:
             self.asleep = False
 
     def sleep(self):
-        """Give the card's memory back until the next `sync`, which brings the weights anew; only if
+        """Give the GPU's memory back until the next `sync`, which brings the weights anew; only if
         the engine was made with `sleep`."""
         if self.may_sleep:
             self.llm.sleep(level=2)

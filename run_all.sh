@@ -4,7 +4,7 @@
 #
 #     bash run_all.sh [RECIPE] [--seeds N] [--plan]
 #
-# RECIPE: a name in recipes/ or a TOML file; without one: paper_1.5b where 8 cards are, else toy.
+# RECIPE: a name in recipes/ or a TOML file; without one: paper_1.5b where 8 GPUs are, else toy.
 # --plan runs nothing: it prints the commands with their tokens, memory, hours and disk, and says
 # what is missing here.
 # A command that has finished is not run again, unless the recipe's values for it or its inputs have
@@ -19,7 +19,7 @@ case "${1-}" in -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit ;; esac
 
 # step, spawn, join and show; and what the recipe says: $recipe, $run (where everything goes),
 # $base, $warmup, ${seeds[@]}, ${arms[@]}, ${benchmarks[@]}, ... A script after "${ranks[@]}" runs
-# on all cards, after python in one process.
+# on all GPUs, after python in one process.
 source tools/jobs.sh
 begin "$@"
 

@@ -1,5 +1,5 @@
-# Sourced by run_all.sh and tests/run.sh: makes .venv once and puts it first in PATH. Sets GPUS, the number of CUDA cards.
-# A machine with cards gets requirements.txt (vLLM included), others requirements-cpu.txt; WITH_VLLM=1 adds vLLM's CPU build,
+# Sourced by run_all.sh and tests/run.sh: makes .venv once and puts it first in PATH. Sets GPUS, the number of CUDA devices.
+# A machine with GPUs gets requirements.txt (vLLM included), others requirements-cpu.txt; WITH_VLLM=1 adds vLLM's CPU build,
 # WITH_WORDS=1 the word problems of recipes/laptop.toml.
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 requirements=requirements-cpu.txt

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The first ten minutes on a card: does each line that only a card reaches do what it should?
+# The first ten minutes on a GPU: does each line that only a GPU reaches do what it should?
 #     bash tests/gpu.sh              no network, no download; torch >= 2.11, transformers >= 5.17, vLLM or not
-# Prints a table, predicted beside seen. Exit code: 0 all as it should be, 1 a check failed, 2 no card here.
+# Prints a table, predicted beside seen. Exit code: 0 all as it should be, 1 a check failed, 2 no GPU here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -1,6 +1,6 @@
-"""What tests/gpu.sh runs on a card: each line that only a card reaches, against what is known.
+"""What tests/gpu.sh runs on a GPU: each line that only a GPU reaches, against what is known.
 
-    bash tests/gpu.sh                             on a card
+    bash tests/gpu.sh                             on a GPU
     python tests/gpu_checks.py --on-cpu           the same checks on a CPU, as far as they go there
 
 A check returns (predicted, seen, passed); passed None: told, not judged. A failed or broken check
@@ -216,7 +216,7 @@ def full_step(device):
     while sum(pack["memory"].values()) - pack["memory"]["DDP buckets"] > 0.93 * card:
         tokens //= 2
         if tokens < 2048:
-            return "more memory than this card has", f"{card / 1e9:.0f} GB", None
+            return "more memory than this GPU has", f"{card / 1e9:.0f} GB", None
         pack = roofline.traced_pack(KNOWN[BIG], "ddp", True, tokens, 8)
     # one pack alone: its gradient is new, so nothing of an older one is alive at the peak
     predicted = sum(pack["memory"].values()) - pack["memory"]["DDP buckets"]
@@ -293,7 +293,7 @@ def resume(device):
 
 
 def one_rank(device):
-    """03 under torchrun with one rank: nccl on a card, gloo on a CPU."""
+    """03 under torchrun with one rank: nccl on a GPU, gloo on a CPU."""
     folder = toy_folder()
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1, "--",
         "03_train_oxa.py", "--recipe", "recipes/toy.toml", "--model", BASE, "--data",
@@ -329,7 +329,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", help="checks whose name contains this")
     args = parser.parse_args(argv)
     if not (args.on_cpu or torch.cuda.is_available()):
-        common.die("no card here: these checks need one (a CPU runs them with "
+        common.die("no GPU here: these checks need one (a CPU runs them with "
                    "python tests/gpu_checks.py --on-cpu)")
     device = "cpu" if args.on_cpu else "cuda"
     failed = []

@@ -175,8 +175,8 @@ def test_the_plan_names_the_hours_of_the_core_and_the_card():
     """By hand: 200 x 2 + 2,240 + 7 x 240 x 2 sequences of 172 tokens at 106 a second; responses of 71 tokens at 130; and so on."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "RUNS": "runs"}
     done = subprocess.run(["bash", ROOT / "run_all.sh", "laptop", "--plan"], capture_output=True, text=True, env=env, timeout=60)
-    assert done.returncode == 0 and "card hours (train 0.01 h" in done.stdout
-    core = float(re.search(r"Without a card: ([\d.]+) h of a CPU core", done.stdout)[1])
+    assert done.returncode == 0 and "GPU hours (train 0.01 h" in done.stdout
+    core = float(re.search(r"Without a GPU: ([\d.]+) h of a CPU core", done.stdout)[1])
     trained = (24 * 16 + 2240 + 7 * 240 * 2) * 172
     drawn = (500 * 8 + 500 * 3 + 9 * 160 * 4) * 71
     scored = (2000 + 0.9 * 1500 + 9 * 160) * 71

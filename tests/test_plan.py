@@ -248,7 +248,7 @@ def test_missing_files_cache_and_wrong_recipes(tmp_path, monkeypatch, capsys):
     (tmp_path / "cache/datasets--o--bench").mkdir()
     assert recipes.missing(recipe) == [] and "disk" in recipes.missing(recipe, disk=1e18)[0]
     recipe["run"]["cards"] = 4096
-    assert recipes.missing(recipe)[0].startswith("4096 cards")
+    assert recipes.missing(recipe)[0].startswith("4096 GPUs")
     for text, said in (("[plan]\ncards = 1\n", "unknown keys ['cards']"), ('[run]\nbase_model = "a/b"\n',
                                                                            "sizes of a/b")):
         path = tmp_path / "r.toml"

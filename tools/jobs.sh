@@ -56,7 +56,7 @@ begin() {
   if [ -z "$name" ]; then
     name=toy
     if [ "$GPUS" -ge 8 ]; then name=paper_1.5b; fi
-    echo "no recipe named, $GPUS cards here: running '$name'"
+    echo "no recipe named, $GPUS GPUs here: running '$name'"
   fi
   recipe="$name"
   [ -f "$recipe" ] || recipe="recipes/$name.toml"
@@ -74,7 +74,7 @@ begin() {
     if [ "$world" = word-problems ]; then export WITH_WORDS=1; fi
     source ./setup.sh
     watch_signals
-    # Ranks of this node: a card each; NPROC=2 tries two on a CPU.
+    # Ranks of this node: a GPU each; NPROC=2 tries two on a CPU.
     if [ "$GPUS" -gt 0 ]; then NPROC="${NPROC:-$GPUS}"; else NPROC="${NPROC:-$cpu_ranks}"; fi
   fi
   whole_number NPROC "$NPROC" || return
@@ -83,7 +83,7 @@ begin() {
   # after Ctrl-C a step is finished and saved; torchrun would kill it after 30 s
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 
-  ranks=(python)             # starts a script on all cards
+  ranks=(python)             # starts a script on all GPUs
   if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
     ranks=(torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC"
            --log_dir "$logs/ranks" --tee 3)

@@ -379,7 +379,7 @@ def describe(slow, fast, plan):
                      f"training {span(slow.training, fast.training)}")
     if slow.whole:
         days = span(slow.whole * step[0] / 86400, slow.whole * step[1] / 86400)
-        lines.append(f"the whole {slow.whole:,} steps would take {days} days on these cards, for "
+        lines.append(f"the whole {slow.whole:,} steps would take {days} days on these GPUs, for "
                      "each arm; this recipe stops earlier")
     if slow.kinds:
         total = sum(slow.kinds.values())
@@ -387,11 +387,11 @@ def describe(slow, fast, plan):
         for kind in sorted(slow.kinds, key=slow.kinds.get, reverse=True):
             if slow.kinds[kind] > 0.005 * total:
                 shares.append(f"{kind} {slow.kinds[kind] / total:.0%}")
-        lines.append(f"where a card's time goes: {', '.join(shares)}")
+        lines.append(f"where a GPU's time goes: {', '.join(shares)}")
     parts = " + ".join(f"{part} {size / GB:.1f}" for part, size in slow.memory.items() if size)
     total, card = sum(slow.memory.values()) / GB, plan.p["card_gb"]
     verdict = "fits" if total <= card else "DOES NOT FIT"
-    lines.append(f"a card's memory, GB: {parts} = {total:.1f} of {card}: {verdict}")
+    lines.append(f"a GPU's memory, GB: {parts} = {total:.1f} of {card}: {verdict}")
     return lines + slow.levers
 
 
@@ -399,7 +399,7 @@ def show(path, recipe, commands, cards):
     """The whole plan: each command with its figures, then totals, assumptions, what is missing."""
     plan = Plan(recipe, cards, roofline.PESSIMIST)
     kinder = Plan(recipe, cards, roofline.OPTIMIST)
-    place = "on a CPU" if plan.toy else f"{plan.cards} cards"
+    place = "on a CPU" if plan.toy else f"{plan.cards} GPUs"
     billions = plan.base.n_params / 1e9
     print(f"Plan of {path}: {plan.base_name}, {billions:.3f} billion parameters, {place}")
 
@@ -426,17 +426,17 @@ def show(path, recipe, commands, cards):
         card_hours = span(slow * plan.cards, fast * plan.cards)
         parts = [f"{section} {span(slow_hours[section], fast_hours[section], plan.digits)} h"
                  for section in +slow_hours]
-        print(f", {span(slow, fast, plan.digits)} h on {plan.cards} cards = "
-              f"{card_hours} card hours ({', '.join(parts)})")
+        print(f", {span(slow, fast, plan.digits)} h on {plan.cards} GPUs = "
+              f"{card_hours} GPU hours ({', '.join(parts)})")
         if core:
             run = {**RUN, **recipe["run"]}
             n_cores = run["side_by_side"] * max(1, run["cpu_ranks"])
-            print(f"Without a card: {core:.1f} h of a CPU core, {core / n_cores:.1f} h on {n_cores}"
+            print(f"Without a GPU: {core:.1f} h of a CPU core, {core / n_cores:.1f} h on {n_cores}"
                   " cores, and the starts of the commands")
         named = {**ASSUMED, **recipe.get("plan", {})}
         assumed = ", ".join(f"{key} {value}" for key, value in named.items())
         print(f"Assumed (recipe, [plan]; ranges from pessimist to optimist): {assumed}")
-        print("Predicted by a roofline over traced kernels; no figure here was seen on a card.")
+        print("Predicted by a roofline over traced kernels; no figure here was seen on a GPU.")
     lacking = missing(recipe, disk)
     print("Missing here: " + "; ".join(lacking) if lacking else "Nothing is missing here.")
 

@@ -11,7 +11,7 @@ What changes (docs/PAPER.md, "Base model preparation"):
 The directory is written beside and renamed, its sidecar (base.meta.json) with it.
 """
 
-import common  # first: from here on Ctrl-C is one line
+import common  # first: installs signal handlers, so that Ctrl-C is one line, no traceback
 
 import filecmp
 import json

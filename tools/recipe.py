@@ -242,7 +242,7 @@ def missing(recipe, disk=0):
         return [] if is_here(base, "models") else [f"the toy base {base}"]
     cards, wanted = count_cards(), run["cards"]
     if cards < wanted:
-        lacking.append(f"{wanted} cards (here: {cards})")
+        lacking.append(f"{wanted} GPUs (here: {cards})")
     elif wanted and importlib.util.find_spec("vllm") is None and Path(".venv/installed").exists():
         lacking.append("vLLM (pip install -r requirements.txt)")
     models = [run[key] for key in ("base_model", "self_model", "teacher_model")]

@@ -38,7 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import common  # first: from here on Ctrl-C is one line
+import common  # first: installs signal handlers, so that Ctrl-C is one line, no traceback
 
 import argparse
 import hashlib
