@@ -56,7 +56,7 @@ import torch
 from tqdm import tqdm
 
 from common import die
-from grading.verifier import unreadable_golds, verify_many
+from grading import verifier
 from model import (add_dtype_flag, add_instruction_flag, check_instruction, check_model_dir,
                    check_positions, encode_text, load_config, load_model, load_tokenizer, model_dir,
                    pack_sequences, render_prompt, settle_dtype, token_logprobs)
@@ -207,6 +207,7 @@ def verify(args):
     """samples -> verified: + predicted, correct, status, and the problem's text for later stages.
     """
     inputs = [args.samples, args.problems]
+    args.grader = verifier.grader_name()      # into the sidecar: a resumed run keeps to one grader
     common.start_output(args.out, "verified", args, inputs, may_differ=("workers", "block"))
     problems = read_problems(args.problems)
     n_unreadable = show_unreadable_golds(problems, args)
@@ -240,7 +241,7 @@ def read_problems(path) -> dict:
 def show_unreadable_golds(problems: dict, args) -> int:
     """Before anything is graded: how many golds nothing can be judged against, and which."""
     answers = [row["answer"] for row in problems.values()]
-    unreadable = unreadable_golds(answers, workers=args.workers or None)
+    unreadable = verifier.unreadable_golds(answers, workers=args.workers or None)
     if unreadable:
         print(f"{args.problems}: the gold of {len(unreadable):,} of {len(problems):,} problems "
               "cannot be read; a response to them that is not plainly right is unknown (null):")
@@ -266,7 +267,7 @@ def graded(rows: list[dict], problems: dict, args) -> list[dict]:
     pairs = []
     for row in rows:
         pairs.append((row["response"], problems[row["pid"]]["answer"]))
-    verdicts = verify_many(pairs, workers=args.workers or None)
+    verdicts = verifier.verify_many(pairs, workers=args.workers or None)
     verified = []
     for row, verdict in zip(rows, verdicts, strict=True):
         verified.append({
@@ -313,7 +314,7 @@ def report_verdicts(args, inputs, counts: Counter, n_unreadable: int):
 
 
 def score(args):
-    """verified -> scored: + nll_sum, n_scored, ppl, scorer, ppl_context. The paper scores with the
+    """verified -> scored: + nll_sum, n_scored, ppl and how it was scored. The paper scores with the
     base; here it is the prepared base (A9).
 
     Under torchrun each rank scores a share of every block, and rank 0 writes. A run that was
@@ -509,6 +510,7 @@ def scored_row(row: dict, nll_sum: float, n_scored: float, args) -> dict:
         "ppl": math.exp(nll_sum / n_scored) if n_scored else None,
         "scorer": args.model,
         "ppl_context": args.ppl_context,
+        "scorer_dtype": args.dtype,
     }
 
 
@@ -541,7 +543,7 @@ class Columns:
     """What selection needs of a scored file, an entry a row. The texts stay on disk, found again
     by `offset`."""
     path: str
-    scorers: set           # "scorer (ppl_context)" of the rows
+    scorers: set           # "scorer (ppl_context, dtype)" of the rows
     offset: np.ndarray     # [R] where the row starts, bytes
     query: np.ndarray      # [R] number of its problem
     correct: np.ndarray    # [R] 1, 0, or -1: could not be judged
@@ -577,7 +579,8 @@ def read_columns(path, seed: int) -> Columns:
     scorers = set()
     numbers = {}           # pid -> its number, in the order of the file
     for offset, row in common.located_rows(path, SCORED, key="sid"):
-        scorers.add(f"{row.get('scorer')} ({row.get('ppl_context')})")
+        scorers.add(f"{row.get('scorer')} ({row.get('ppl_context')}, "
+                    f"{row.get('scorer_dtype', 'float32')})")
         columns["offset"].append(offset)
         columns["query"].append(numbers.setdefault(row["pid"], len(numbers)))
         columns["correct"].append(CODE[row["correct"]])

@@ -389,7 +389,7 @@ def main(argv=None):
         common.start_output(out / "metrics.jsonl", "metrics", args, inputs, MAY_DIFFER, run=out)
         sweep(out)
     common.barrier()                                   # --force may have removed a finished run
-    if (out / "final" / "config.json").exists():
+    if common.is_finished(out):
         return say(f"{out / 'final'} is there: nothing to do")
 
     # the data: tokens once on disk, mapped by all ranks

@@ -226,14 +226,17 @@ def answers_by_pid(problems) -> dict:
     return answers
 
 
-def refuse_longer(out, n_steps: int):
-    """A finished run is not made longer by other --max-steps or --epochs: say how, instead."""
-    path = out / "metrics.jsonl"
-    rows = list(common.read_jsonl(path)) if path.exists() else []
-    last = rows[-1]["step"] if rows else n_steps
-    if last < n_steps:
-        common.die(f"{out / 'final'} is the model after {last} steps, and {n_steps} are asked for: "
-                   "remove that directory, and the run goes on from its newest checkpoint")
+def refuse_other_length(out, args):
+    """A finished run is not made longer by other --max-steps or --epochs: say how it can be."""
+    meta = common.read_meta(out / "rollouts.jsonl")
+    if args.force or meta is None or not common.is_finished(out):
+        return
+    for name in ("max_steps", "epochs"):
+        old, new = meta.get("args", {}).get(name), getattr(args, name)
+        if str(old) != str(new):
+            common.die(f"{out / 'final'} is the end of a run with {name} = {old}, not {new}: "
+                       "remove that directory to train on from the newest checkpoint, or choose "
+                       "another --out")
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -676,10 +679,13 @@ def main(argv=None):
         common.die(f"--prompts-per-step {args.prompts_per_step} cannot be shared by {dist.world} "
                    "ranks")
     if dist.rank == 0:
+        refuse_other_length(out, args)
         inputs = [args.problems, model_dir(args.model)]
         common.start_output(out / "rollouts.jsonl", "rollouts", args, inputs, MAY_DIFFER, run=out)
         sweep(out)
     common.barrier()                                   # --force may have removed a finished run
+    if common.is_finished(out):
+        return say(f"{out / 'final'} is there: nothing to do")
 
     # the problems, and what they need
     check_model_dir(args.model)
@@ -693,9 +699,6 @@ def main(argv=None):
     n_steps = len(problems) // args.prompts_per_step * args.epochs
     if args.max_steps:
         n_steps = min(n_steps, args.max_steps)
-    if (out / "final" / "config.json").exists():
-        refuse_longer(out, n_steps)
-        return say(f"{out / 'final'} is there: nothing to do")
     longest_prompt = max(len(problem["prompt_ids"]) for problem in problems + eval_problems)
     longest = longest_prompt + args.max_response_tokens
     check_positions(load_config(args.model), longest,
@@ -715,6 +718,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay,
                                   fused=True)             # betas (0.9, 0.999) (A40)
     done = load_state(checkpoint, model, optimizer)["step"] if checkpoint else 0
+    if done > n_steps:
+        common.die(f"{checkpoint} is of a longer run than the {n_steps} steps asked for; choose "
+                   "another --out")
     reference = load_model(args.model, device=dist.device) if args.kl_coef else None
     engine = engines.make_engine(args.engine, checkpoint or args.model, longest, device=dist.device,
                                  dtype=args.dtype, gpu_memory=args.gpu_memory, sleep=args.sleep)

@@ -35,7 +35,6 @@ Shapes: P problems, n samples of each, N scored tokens of a pack, S sequences in
 
 import common
 
-import hashlib
 import json
 import os
 import random
@@ -425,7 +424,8 @@ def measure_entropy(bench, model, tokenizer, args, dist):
             sequences = []
             for i, pid in zip(block, pids):
                 sequences += [(prompts[i] + ids, len(prompts[i])) for ids in samples[pid]]
-            sums = entropy_sums(model, sequences, args.token_budget, dist.device)     # [S]
+            sums = entropy_sums(model, sequences, args.token_budget, dist.device,
+                                bf16=args.dtype == "bfloat16")                        # [S]
             of_problem = sums.split([len(samples[pid]) for pid in pids])
             for pid, sums_of_problem in zip(pids, of_problem):
                 if pid not in done:
@@ -438,14 +438,14 @@ def measure_entropy(bench, model, tokenizer, args, dist):
                     })
 
 
-def entropy_sums(model, sequences, budget: int, device) -> torch.Tensor:
+def entropy_sums(model, sequences, budget: int, device, bf16=False) -> torch.Tensor:
     """Sum of the entropies at the response tokens of each sequence, [S] float64. One pack, if the
     sequences fit the budget; prompts that they share are read once."""
     lengths = [len(ids) for ids, _ in sequences]
     sums = torch.zeros(len(sequences), dtype=torch.float64)
     for indices in plan_packs(lengths, max(budget, *lengths))[0]:
         pack = pack_sequences([sequences[i] for i in indices], device, share=True)
-        _, entropy = token_logprobs(model, pack, entropy=True)                        # [N]
+        _, entropy = token_logprobs(model, pack, entropy=True, bf16=bf16)             # [N]
         of_pack = torch.zeros(len(indices), dtype=torch.float64, device=device)
         of_pack.index_add_(0, pack.seq, entropy.double())
         sums[indices] = of_pack.cpu()
@@ -465,7 +465,7 @@ def grade(bench, args):
     refuse_unequal_numbers(bench, rows)
     meta = bench.sidecar()
     source_hash = common.sha256_file(bench.source)
-    same_grader = meta.get("grader") == grader_name()
+    same_grader = meta.get("grader") == verifier.grader_name()
     same_answers = source_hash in meta["inputs"].values()
     todo = rows
     if same_grader and same_answers and not args.regrade:
@@ -493,7 +493,7 @@ def grade(bench, args):
     for path, digest in meta["inputs"].items():
         if digest == weights:
             inputs[path] = digest
-    bench.note(inputs=inputs, rows=len(rows), grader=grader_name(), regraded=args.regrade)
+    bench.note(inputs=inputs, rows=len(rows), grader=verifier.grader_name(), regraded=args.regrade)
     if args.regrade or changed:
         print_changes(bench, rows, changed)
     return rows, changed
@@ -519,14 +519,6 @@ def print_changes(bench, rows, changed):
 def verdict_of(row) -> str:
     """As --regrade prints it."""
     return f"{row['correct']} ({row['status']}, {row['predicted']!r})"
-
-
-def grader_name() -> str:
-    """Verdicts are only comparable under one grader, so it is named by its source."""
-    digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "grading").glob("*.py")):
-        digest.update(path.read_bytes())
-    return f"grading/verifier.py {digest.hexdigest()[:12]}"
 
 
 def math_verify_grader():
@@ -667,7 +659,7 @@ def summarise(rows, table) -> dict:
 def write_results(out, new: dict, settings: dict, seconds: dict) -> dict:
     """Put the benchmarks `new` (name -> result) into results.json, beside those that it has."""
     old = stored_results(out)
-    if old.get("grader") != grader_name():
+    if old.get("grader") != verifier.grader_name():
         for name in set(old["benchmarks"]) - set(new):
             print(f"{printable(name)} leaves results.json: another version of the grader judged "
                   "it; name it in --problems too")
@@ -678,7 +670,7 @@ def write_results(out, new: dict, settings: dict, seconds: dict) -> dict:
     results = {
         "schema": "results",
         "schema_version": common.SCHEMA_VERSION,
-        "grader": grader_name(),
+        "grader": verifier.grader_name(),
         **settings,
         "seconds": spent,
         "benchmarks": {**old["benchmarks"], **new},
@@ -811,7 +803,7 @@ def draw_and_measure(benches, args, dist) -> dict:
     unmeasured = [bench for bench in benches if len(stored_entropy(bench)) < len(bench.pids)]
     start = time.time()
     if unmeasured:
-        model = load_model(args.model, getattr(torch, args.dtype), dist.device)
+        model = load_model(args.model, device=dist.device)
         tokenizer = load_tokenizer(args.model)
         for bench in unmeasured:
             measure_entropy(bench, model, tokenizer, args, dist)

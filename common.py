@@ -876,7 +876,13 @@ def start_output(path, schema: str, args, inputs=(), may_differ=(), run=None, be
         if changed:
             die(f"{where} was begun with other settings ({', '.join(changed)}); "
                 f"remove {where} or choose another --out; --force starts over")
-    write_meta(path, schema, args, inputs, rows=None)
+    if not is_finished(run):                 # the record of what made it stays as it is
+        write_meta(path, schema, args, inputs, rows=None)
+
+
+def is_finished(run) -> bool:
+    """Has this training run left its model?"""
+    return bool(run) and (Path(run) / "final" / "config.json").exists()
 
 
 # What 03 and 04 leave in the directory of a run, and of what kinds the files of a checkpoint are.
@@ -939,7 +945,8 @@ def changed_settings(old: dict, schema: str, args, inputs, may_differ) -> list[s
     old_args = old.get("args", {})
     for name, value in vars(args).items():
         is_free = name in ("recipe", "out", "force", *may_differ)
-        if not is_free and str(old_args.get(name)) != str(value):
+        is_newer = old_args and name not in old_args     # a flag that was not there yet
+        if not is_free and not is_newer and str(old_args.get(name)) != str(value):
             changed.append(name)
     hashes, old_hashes = hashes_of(inputs), old.get("inputs", {})
     for path, digest in hashes.items():
@@ -1070,8 +1077,8 @@ class Heartbeat(threading.Thread):
 
     Every rank counts its beats in the job's store, a tenth of RANK_SILENCE (seconds; 25 if that is
     not set) apart, and looks at the counts of the others. Ten looks in a row that find a count
-    unchanged are silence: no clocks are compared, and while the whole job sleeps nobody looks. 25
-    seconds, and the 30 that torchrun gives a rank to listen, are less than a minute.
+    unchanged are silence: no clocks are compared, and while the whole job sleeps nobody looks. Then
+    torchrun gives the silent rank its shutdown timeout to listen (30 seconds; run_all.sh: 300).
 
     A step of any length is no silence: torch gives the interpreter's lock away while it computes,
     waits, loads and saves, so this thread goes on. A rank that is alive and comes to no end is not

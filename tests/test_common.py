@@ -410,6 +410,26 @@ def test_other_settings_inputs_weights_and_schemas_are_refused_by_name(begun, ca
     common.start_output(out, "samples", settings(n=3), [data, model])      # nothing was written: a new beginning
 
 
+def test_a_flag_newer_than_the_output_is_no_other_setting(begun, capsys):
+    data, model, out = begun
+    meta = common.read_meta(out)
+    common.start_output(out, "samples", settings(dtype="float32"), [data, model], ("workers",))
+    common.meta_path(out).write_text(json.dumps({**meta, "args": {}}))              # but a sidecar without settings is
+    assert "other settings" in refused(capsys, common.start_output, out, "samples", settings(), [data, model], ("workers",))
+
+
+def test_a_finished_run_keeps_the_record_of_what_made_it(tmp_path, capsys):
+    def start(**flags):
+        common.start_output(tmp_path / "metrics.jsonl", "metrics", settings(**flags), may_differ=("workers",), run=tmp_path)
+        return common.read_meta(tmp_path / "metrics.jsonl")["args"]["workers"]
+
+    assert start(workers=1) == 1 and start(workers=2) == 2
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/config.json").write_text("{}")
+    assert start(workers=3) == 2
+    assert "other settings (n)" in refused(capsys, start, n=3)
+
+
 def test_the_settings_of_a_run_belong_to_its_checkpoints(tmp_path, capsys):
     def start(**flags):
         common.start_output(tmp_path / "metrics.jsonl", "metrics", settings(**flags), run=tmp_path)

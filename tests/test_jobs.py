@@ -73,6 +73,16 @@ def test_other_words_values_or_inputs_run_it_again(tmp_path):
     assert count("--data in.jsonl --seed 3", '{"lr": 2}') == 4
 
 
+def test_an_output_that_was_removed_is_made_again_and_the_log_before_is_kept(tmp_path):
+    for _ in range(2):
+        done = run(tmp_path, "step one bash -c 'echo made; mkdir out; echo x >> count' --out out")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "count").read_text() == "x\n" and not (tmp_path / "logs/one.log.1").exists()
+    (tmp_path / "out").rmdir()
+    run(tmp_path, "step one bash -c 'echo made; mkdir out; echo x >> count' --out out")
+    assert (tmp_path / "count").read_text() == "x\nx\n" and (tmp_path / "logs/one.log.1").read_text() == "made\n"
+
+
 def test_words_are_printed_as_they_can_be_pasted(tmp_path):
     done = run(tmp_path, "step one printf '%s|' 'a b' \"it's\" '$(id)'")
     assert "a b|it's|$(id)|" in done.stdout
@@ -248,3 +258,15 @@ def test_other_nodes_wait_for_what_node_0_does_alone(tmp_path):
     first = run(tmp_path, lines)
     assert first.returncode == 0 and "went on" in first.stdout
     assert other.communicate(timeout=20)[0] == "went on\n" and (tmp_path / "ran").read_text() == "ran\n"
+
+
+@pytest.mark.slow
+def test_other_nodes_end_when_node_0_fails(tmp_path):
+    (tmp_path / "one.py").write_text("raise SystemExit(3)\n")
+    lines = "lock lock\nmkdir -p logs\ntouch logs/node-$NODE_RANK.begun\nstep one python one.py\necho went on"
+    other = subprocess.Popen(["bash", "-c", script(tmp_path, lines)], env={**ENV, "NODE_RANK": "1"}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(1)
+    assert other.poll() is None and run(tmp_path, lines).returncode == 3
+    out, error = other.communicate(timeout=20)
+    assert out == "" and "error: 'one' failed on node 0" in error and other.returncode == 2

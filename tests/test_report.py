@@ -189,6 +189,8 @@ def test_verdict_of_two_parts(first, second, expected):
 
 @pytest.mark.parametrize("arms, rlvr, seeds, entropy, sentence", [
     (("sft", "oxa_full"), (), (0,), True, "Not measured in this run: C4"),
+    (("base", "sft", "oxa_full"), (), (0,), True,
+     "Not run, or not evaluated: `sft_lp`, `oxa_mle`, `length_matched`, `longest`, RLVR."),
     (("base", "sft", "oxa_mle"), (), (3,), True, "One seed"),
     (("sft", "oxa_full"), ("oxa_full",), (0,), False, "Not measured in this run: C3, C4"),
     (("base",), (), (0,), True, "No claim can be judged"),
@@ -263,6 +265,23 @@ def test_math500_stands_beside_claims_and_average(run, tmp_path):
     report.main([str(tmp_path / "run"), "--beside"])
     now = summary_of(tmp_path / "run")
     assert now["averaged_over"] == ["id", "hard", "math500"] and claims(now) != claims(before)
+
+
+@pytest.mark.parametrize("name, value, cure", [("grader", "another", "--regrade"), ("temperature", 1.0, "evaluate one of")])
+def test_evaluations_that_were_not_made_alike_are_refused(small, tmp_path, capsys, name, value, cure):
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "seed-0" / "sft" / "eval" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"differ in {name}" in error and cure in error and error.count("\n") == 1
+
+
+def test_controls_are_explained_where_there_are_some(run, small, tmp_path):
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+    report.main([str(tmp_path)])
+    assert "are\ncontrols, not in the paper" in text_of(run) and "controls, not in the paper" not in text_of(tmp_path)
 
 
 def test_k_above_the_samples_drawn_is_refused(run, tmp_path, capsys):

@@ -456,7 +456,8 @@ def test_a_finished_run_is_not_called_longer_than_it_is(tiny_model_dir, problems
     with pytest.raises(SystemExit) as stop:
         run(tiny_model_dir, problems, tmp_path, "--max-steps", "2")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "the model after 1 steps, and 2 are asked for" in error and error.count("\n") == 1
+    assert stop.value.code == 2 and "the end of a run with max_steps = 1, not 2" in error and error.count("\n") == 1
+    assert common.read_meta(tmp_path / "rollouts.jsonl")["args"]["max_steps"] == 1
     shutil.rmtree(tmp_path / "final")
     assert [row["step"] for row in run(tiny_model_dir, problems, tmp_path, "--max-steps", "2")] == [1, 2]
 

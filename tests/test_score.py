@@ -90,6 +90,7 @@ def test_perplexities_in_bfloat16_are_those_of_float32_but_for_rounding(world, t
         score(world, tmp_path / "float32", "--dtype", "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_whole,half", [(0, False), (5, True), (16, False), (37, True), (70, False)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half):
     score(world, tmp_path / "whole.jsonl")
@@ -109,7 +110,6 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half)
     assert meta["status"] == first["status"] and meta["rows"] == first["rows"] == sum(meta["status"].values()) == 70
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(world, tmp_path):
     one = score(world, tmp_path / "one.jsonl")
@@ -191,6 +191,14 @@ def test_outputs_of_other_settings_or_inputs_are_not_mixed(world, tmp_path, caps
     out.write_text(out.read_text().replace('"sid": "p3:t:1"', '"sid": "p3:other:1"'))
     assert "holds other rows than the input" in refused(capsys, *base)
     assert len(list(common.read_jsonl(out))) == len(before), "nothing is lost"
+
+
+def test_verdicts_of_two_graders_are_not_mixed(world, tmp_path, capsys, monkeypatch):
+    argv = ["verify", "--samples", world / "samples.jsonl", "--problems", world / "problems.jsonl", "--out", tmp_path / "v.jsonl"]
+    stage.main([str(word) for word in argv])
+    assert common.read_meta(tmp_path / "v.jsonl")["args"]["grader"].startswith("grading/verifier.py ")
+    monkeypatch.setattr(stage.verifier, "grader_name", lambda: "grading/verifier.py another")
+    assert "other settings (grader)" in refused(capsys, *argv)
 
 
 def test_verify_refuses_what_it_cannot_judge(world, tmp_path, capsys):

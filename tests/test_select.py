@@ -303,6 +303,7 @@ def test_bad_settings_end_with_one_sentence_and_code_2(tmp_path, capsys, flags):
 @pytest.mark.parametrize("change,message", [
     ({"sid": "p0:teacher:0"}, "occurs twice"), ({"ppl": "low"}, "field 'ppl'"), ({"correct": "yes"}, "field 'correct'"),
     ({"n_tokens": None}, "field 'n_tokens'"), ({"problem": None}, "field 'problem'"), ({"scorer": "another"}, "are mixed"),
+    ({"scorer_dtype": "bfloat16"}, "are mixed"),
     (None, "field 'sid' is missing"), ("{broken", "not valid JSON"), ("[1]", "must be a JSON object"), ("", "is empty")])
 def test_bad_rows_end_with_one_sentence_and_code_2(tmp_path, capsys, change, message):
     rows = [{**r, "correct": True, "ppl": 2.0} for r in sorted(scored_rows(3, 1, 0), key=lambda r: r["pid"])]

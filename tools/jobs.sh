@@ -71,6 +71,8 @@ begin() {
   else
     "$plain" -m tools.recipe "$recipe" --check || return     # said now, not hours later
     lock "$run/lock" || return
+    mkdir -p "$logs"
+    if [ "$NODE_RANK" != 0 ]; then touch "$logs/node-$NODE_RANK.begun"; fi
     if [ "$world" = word-problems ]; then export WITH_WORDS=1; fi
     source ./setup.sh
     watch_signals
@@ -81,7 +83,7 @@ begin() {
   [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1    # one thread per process beats two, on two cores
   export TOKENIZERS_PARALLELISM=false
   # after Ctrl-C a step is finished and saved; torchrun would kill it after 30 s
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 
   ranks=(python)             # starts a script on all GPUs
   if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
@@ -195,13 +197,15 @@ find_values() {              # COMMAND... -> $values: what the recipe says for i
 }
 
 finished() {                 # NAME COMMAND...
-  local mark="$logs/$1.done" lines=() word input; shift
+  local mark="$logs/$1.done" lines=() word input before=""; shift
   if [ ! -f "$mark" ]; then return 1; fi
   mapfile -t lines < "$mark" # words, seconds, values
   quote "$@"
   find_values "$@"
   if [ "${lines[0]-}" != "$quoted" ] || [ "${lines[2]-}" != "$values" ]; then return 1; fi
   for word; do
+    if [ "$before" = --out ] && [ ! -e "$word" ]; then return 1; fi    # it was removed
+    before="$word"
     case "$word" in *.py | *.toml) continue ;; esac    # a new version of the code is no new input
     for input in "$word" "$word/config.json" "$word/final/config.json"; do
       if [ -f "$input" ] && [ "$input" -nt "$mark" ]; then return 1; fi
@@ -223,13 +227,20 @@ spawn() {                    # NAME COMMAND...
   fi
   finished "$name" "$@" && return
   if [ "$NODE_RANK" -gt 0 ] && [ "$1" = python ]; then    # one process is node 0's business
-    until finished "$name" "$@"; do sleep 2; done
+    until finished "$name" "$@"; do
+      if [ "$logs/$name.failed" -nt "$logs/node-$NODE_RANK.begun" ]; then
+        fail "'$name' failed on node 0" || return
+      fi
+      sleep 2
+    done
     return
   fi
   while [ ${#name_of[@]} -ge "$side_by_side" ]; do settle_one || return; done
   local log="$logs/$name.log"
   echo "+ $quoted"
   mkdir -p "${log%/*}"
+  rm -f "$logs/$name.failed"
+  if [ -s "$log" ]; then mv "$log" "$log.1"; fi       # of the run before
   if [ "$side_by_side" = 1 ]; then
     "${tied[@]}" "$@" > >(tee "$log") 2>&1 &
   else
@@ -261,6 +272,7 @@ settle_one() {               # waits until one of the commands ends: its mark, o
     grep -E '(^|\]:)error: ' "$logs/$name.log" | head -n 3 >&2 || true
     echo "error: '$name' ended with code $code; its log is $logs/$name.log;" \
       "the same command goes on from here" >&2
+    if [ "$NODE_RANK" = 0 ]; then touch "$logs/$name.failed"; fi    # for nodes that wait
     return "$code"
   fi
   local seconds=$((SECONDS - began_of[$pid]))

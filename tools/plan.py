@@ -201,7 +201,12 @@ class Plan:
     def responses(self, file):
         """(number, mean length) of the teacher's or the model's own responses, by their file."""
         if not Path(file).name.startswith("self"):
-            return self.p["teacher_traces"], self.p["teacher_tokens"]
+            n = self.p["teacher_traces"]
+            samples = self.recipe.get("run", {}).get("teacher_samples")
+            if samples and file.endswith("teacher.jsonl"):
+                # the right ones and the wrong ones
+                n = self.p["teacher_queries"] * samples
+            return n, self.p["teacher_tokens"]
         s, queries = self.settings("sample"), self.p["teacher_queries"]
         return min(queries, s["limit"] or queries) * s["n"], self.p["self_tokens"]
 
@@ -292,7 +297,8 @@ class Plan:
         steps = min(whole, s["max_steps"] or whole)
         # A group's prompt is read once.
         read = n * length + s["prompts_per_step"] * self.p["prompt_tokens"]
-        core = self.core_seconds(drawn=n * length, trained=read, scored=read if s["kl_coef"] else 0)
+        core = self.core_seconds(drawn=n * length, trained=read * s["updates_per_batch"],
+                                 scored=read if s["kl_coef"] else 0)
         return Cost(tokens=steps * n * length,
                     seconds=steps * (drawing + training),
                     core=steps * core,

@@ -66,9 +66,11 @@ RULE = f"""\
 *not reproduced*: the whole interval lies below {SMALLEST_EFFECT} (one point; for entropy
 {SMALLEST_EFFECT} nats); *reproduced*: otherwise, if the whole interval lies above 0; *undecided*:
 otherwise. C4 holds if both of its parts do. Differences are paired by problem and seed; benchmarks
-weigh alike; intervals: bootstrap over problems and seeds. `length_matched` (random responses with
-the lengths of those of `oxa_mle`) and `longest` are controls, not in the paper: a lead over them is
-owed to perplexity, not to length."""
+weigh alike; intervals: bootstrap over problems and seeds."""
+OF_CONTROLS = """\
+`length_matched` (random responses with the lengths of those of `oxa_mle`) and `longest` are
+controls, not in the paper: a lead over them is owed to perplexity, not to length."""
+ALIKE = ("grader", "instruction", "temperature", "top_p", "max_tokens")     # of all evaluations
 
 
 def parse_args(argv=None):
@@ -113,7 +115,7 @@ class Run:
 def load_run(path, k, beside) -> Run:
     """Every evaluation of a run. A benchmark is shown only if all of them have it."""
     path = Path(path).resolve()
-    tables, graders = {}, set()
+    tables, graders, settings = {}, set(), {}
     for folder in sorted(path.glob("seed-*/*")):
         seed = folder.parent.name.removeprefix("seed-")
         for when, name in WHEN.items():
@@ -122,6 +124,7 @@ def load_run(path, k, beside) -> Run:
                 results = common.parse_row(file.read_bytes(), str(file))
                 common.check_fields(results, {"grader": str, "benchmarks": dict}, str(file))
                 graders.add(results["grader"])
+                refuse_unlike(file, results, settings)
                 found = {b: read_table(file, b) for b in results["benchmarks"]}
                 tables[int(seed), folder.name, when] = found
     if not tables:
@@ -147,6 +150,15 @@ def load_run(path, k, beside) -> Run:
     arms = [arm for arm in STYLES if arm in arms] + [arm for arm in arms if arm not in STYLES]
     return Run(path, k, sorted(seeds), arms, n_problems, n_samples, counted, left_out, tables,
                graders)
+
+
+def refuse_unlike(file, results, settings):
+    """Evaluations are compared, so all are made alike. `settings`: {name: (value, first file)}."""
+    for name in ALIKE:
+        value, first = settings.setdefault(name, (results.get(name), file))
+        if value != results.get(name):
+            cure = "05_eval.py --regrade" if name == "grader" else "evaluate one of them again"
+            common.die(f"{first} and {file} differ in {name}, so they cannot be compared: {cure}")
 
 
 def read_table(results, benchmark) -> dict:
@@ -381,16 +393,19 @@ def beside(effect, labels) -> str:
 
 def arms_table(run, summary, place) -> str:
     """Arms by measures on a benchmark, or on "average", before and after RLVR."""
+    names_of_k = dict(zip(("pass_at_k", "pass_at_n"), run.labels()))
+    if len(set(names_of_k.values())) == 1:                         # k is n
+        del names_of_k["pass_at_n"]
     rows = []
     for arm, found in summary.items():
         for when, places in found.items():
             m = places[place]
             row = [safe(arm), when]
-            row += [number(m[name]) for name in ("pass_at_1", "pass_at_k", "pass_at_n", "entropy")]
+            row += [number(m[name]) for name in ("pass_at_1", *names_of_k, "entropy")]
             row.append(f"{m['mean_tokens']['value']:.0f}")
             row.append(f"{m['truncation_rate']['value']:.1%}")
             rows.append(row)
-    head = ["arm", "RLVR", "Pass@1", *run.labels(), "entropy, nats", "tokens", "cut"]
+    head = ["arm", "RLVR", "Pass@1", *names_of_k.values(), "entropy, nats", "tokens", "cut"]
     return table(head, rows)
 
 
@@ -472,7 +487,8 @@ def figure_claims(run, claims, out) -> str:
 
 def figure_perplexity(run, out) -> str:
     """The verified teacher responses over perplexity, the Gaussian's target, and what it took."""
-    metas = [common.read_meta(path) for path in sorted(run.path.glob("seed-*/oxa_*/train.jsonl"))]
+    paths = sorted(run.path.glob(f"seed-{run.seeds[0]}/oxa_*/train.jsonl"))
+    metas = [common.read_meta(path) for path in paths]
     metas = [meta for meta in metas if meta and meta.get("bins")]
     if not metas:
         return ""
@@ -544,6 +560,21 @@ def first_paragraph(claims) -> str:
     return text
 
 
+def not_run(run) -> str:
+    """What of the paper's arms and our controls has no evaluation, and which arms lack seeds."""
+    lacking = []
+    for arm in STYLES:
+        n = sum((seed, arm, "before") in run.tables for seed in run.seeds)
+        if n == 0:
+            lacking.append(f"`{arm}`")
+        elif n < len(run.seeds):
+            lacking.append(f"`{arm}` in {len(run.seeds) - n} of {len(run.seeds)} seeds")
+    with_rlvr = {arm for _, arm, when in run.tables if when == "after"}
+    if not with_rlvr:
+        lacking.append("RLVR")
+    return f"Not run, or not evaluated: {', '.join(lacking)}." if lacking else ""
+
+
 def explanation(folder, out) -> list[str]:
     """The sections of RUN_DIR/explain.jsonl; their figures are copied beside the report's own."""
     path = folder / "explain.jsonl"
@@ -574,10 +605,12 @@ def compose(worlds, summary, out) -> list[str]:
     parts = [f"# {safe(run.path.name)}: what was reproduced", first_paragraph(claims),
              figure_claims(run, claims, out)]
     if claims:
-        parts += ["## Claims", claims_table(worlds[:1]), RULE]
+        of_controls = OF_CONTROLS if any(reference in CONTROLS for _, reference in claims) else ""
+        parts += ["## Claims", claims_table(worlds[:1]), f"{RULE} {of_controls}".strip()]
     if worlds[1:]:
         parts += [f"## The contrast: {safe(worlds[1][0].path.name)}", claims_table(worlds)]
-    parts += ["## Arms", "Means over seeds, with 95 % intervals over problems and seeds."]
+    parts += ["## Arms", "Means over seeds, with 95 % intervals over problems and seeds.",
+              not_run(run)]
     if run.left_out:
         parts.append("Left out, because not every evaluation has it: "
                      f"{safe(', '.join(sorted(run.left_out)))}.")
