@@ -62,6 +62,7 @@ import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 from grading.grammar import STRUCTURES, TOKEN, Parser, listed
 from grading.spelling import fold, is_wordy, normalise, split_qualifier, split_unit

@@ -430,7 +430,7 @@ def test_verdicts_of_another_grader_are_given_anew(tmp_path, capsys, monkeypatch
     again = ["--problems", str(path), "--out", str(out), "--verify-workers", "1"]
     evaluate.main(again)
     assert graded == []                                       # the same grader, the same answers: nothing to do
-    monkeypatch.setattr(evaluate, "grader_name", lambda: "another")
+    monkeypatch.setattr(evaluate.verifier, "grader_name", lambda: "another")
     evaluate.main(again)
     evaluate.main(again)
     assert graded == [12] and json.loads((out / "results.json").read_text())["grader"] == "another"

@@ -23,14 +23,14 @@ needs_package = pytest.mark.skipif(WITHOUT, reason="reasoning-gym is not install
 COUNTS = ["--n-warmup", "64", "--n-solutions", "16", "--n-problems", "16", "--n-rlvr", "16", "--n-seen", "8", "--n-hard", "6"]
 CHANGES = {
     'base_model = "HuggingFaceTB/SmolLM2-135M-Instruct"': 'base_model = "TMP/llama"\nwarmup = "TMP/few.jsonl"\nteacher_solutions = "TMP/many.jsonl"',
-    "warmup_epochs = 2": "warmup_epochs = 8", "teacher_epochs = 1": "teacher_epochs = 80", "teacher_samples = 8": "teacher_samples = 4",
+    "warmup_epochs = 2": "warmup_epochs = 8", "teacher_epochs = 1": "teacher_epochs = 80", "teacher_samples = 9": "teacher_samples = 4",
     'arms = ["sft", "sft_lp", "oxa_mle", "oxa_full", "length_matched", "longest"]': 'arms = ["sft", "oxa_full"]',
     'rlvr_arms = ["sft", "oxa_full"]': 'rlvr_arms = ["oxa_full"]',
     "side_by_side = 1": "side_by_side = 2", "cpu_ranks = 2": "cpu_ranks = 1", "positions = 8192": "positions = 1024",
     "max_prompt_tokens = 256": "max_prompt_tokens = 512", "n_ce = 240": "n_ce = 8", "n_ul = 240": "n_ul = 8",
     "sigma_share = 0.125": "sigma_share = 1.0", "n_bins = 40": "n_bins = 1",
-    "lr = 2e-4": "lr = 5e-3", "epochs = 3": "epochs = 2", "ce_per_step = 16": "ce_per_step = 8", "ul_per_step = 16": "ul_per_step = 8",
-    "max_steps = 10": "max_steps = 2", "save_every = 20": "save_every = 0", "max_tokens = 128": "max_tokens = 32", "n = 8 ": "n = 2 ", "k = 8": "k = 2"}
+    "lr = 2e-4": "lr = 5e-3", "ce_per_step = 16": "ce_per_step = 8", "ul_per_step = 16": "ul_per_step = 8",
+    "max_steps = 10": "max_steps = 2", "save_every = 20": "save_every = 0", "max_tokens = 128": "max_tokens = 32", "n = 4 ": "n = 2 ", "k = 4": "k = 2"}
 
 
 def make_problems(folder, *flags):
@@ -178,7 +178,7 @@ def test_the_plan_names_the_hours_of_the_core_and_the_card():
     assert done.returncode == 0 and "GPU hours (train 0.01 h" in done.stdout
     core = float(re.search(r"Without a GPU: ([\d.]+) h of a CPU core", done.stdout)[1])
     trained = (24 * 16 + 2240 + 7 * 240 * 2) * 172
-    drawn = (500 * 8 + 500 * 3 + 9 * 160 * 4) * 71
+    drawn = (500 * 9 + 500 * 3 + 9 * 160 * 4) * 71
     scored = (2000 + 0.9 * 1500 + 9 * 160) * 71
     read = 64 * 71 + 8 * 101
     rlvr = 20 * (64 * 71 / 130 + read / 106 + read / 230)
