@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import types
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from conftest import ROOT, make_model
 from tqdm import tqdm
 
 import common
-from model import pack_sequences, render_prompt, stop_ids, token_logprobs
+from model import pack_sequences, render_prompt, settle_dtype, stop_ids, token_logprobs
 import engines
 
 vllm_only = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -171,7 +172,17 @@ def test_vllm_without_vllm_is_refused_in_one_sentence(model_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         engines.make_engine("vllm", model_path, MAX_LEN)
     assert stop.value.code == 2 and "--engine vllm needs vLLM" in capsys.readouterr().err
-    assert isinstance(engines.make_engine("auto", model_path, MAX_LEN), engines.HFEngine)
+
+
+def test_auto_is_settled_before_anything_is_recorded(monkeypatch):
+    """On a GPU vLLM, if it is there, and bfloat16 whatever --dtype says."""
+    for has_gpu, package, expected in ((False, True, "hf"), (True, False, "hf"), (True, True, "vllm")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: package or None)
+        args = types.SimpleNamespace(engine="auto", dtype="float32")
+        engines.settle_engine(args)
+        settle_dtype(args, "cuda:0" if has_gpu else "cpu")
+        assert (args.engine, args.dtype) == (expected, "bfloat16" if has_gpu else "float32")
 
 
 @vllm_only
