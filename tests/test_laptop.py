@@ -172,17 +172,17 @@ def test_without_the_package_one_sentence(tmp_path):
 
 
 def test_the_plan_names_the_hours_of_the_core_and_the_card():
-    """By hand: 200 x 2 + 2,240 + 7 x 240 x 2 sequences of 172 tokens at 106 a second; responses of 71 tokens at 130; and so on."""
+    """By hand: 200 x 2 + 2,240 + 7 x 240 x 2 sequences of 142 tokens at 88 a second; responses of 65 tokens at 124; and so on."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "RUNS": "runs"}
     done = subprocess.run(["bash", ROOT / "run_all.sh", "laptop", "--plan"], capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0 and "GPU hours (train 0.01 h" in done.stdout
     core = float(re.search(r"Without a GPU: ([\d.]+) h of a CPU core", done.stdout)[1])
-    trained = (24 * 16 + 2240 + 7 * 240 * 2) * 172
-    drawn = (500 * 9 + 500 * 3 + 9 * 160 * 4) * 71
-    scored = (2000 + 0.9 * 1500 + 9 * 160) * 71
-    read = 64 * 71 + 8 * 101
-    rlvr = 20 * (64 * 71 / 130 + read / 106 + read / 230)
-    assert core == pytest.approx((trained / 106 + drawn / 130 + scored / 230 + rlvr) / 3600, abs=0.06)
+    trained = (24 * 16 + 2240 + 7 * 240 * 2) * 142
+    drawn = (500 * 9 + 500 * 3 + 9 * 160 * 4) * 65
+    scored = (1700 + 0.9 * 1500 + 9 * 160) * 65
+    read = 64 * 65 + 8 * 77
+    rlvr = 20 * (64 * 65 / 124 + read / 88 + read / 190)
+    assert core == pytest.approx((trained / 88 + drawn / 124 + scored / 190 + rlvr) / 3600, abs=0.06)
 
 
 # ------------------------------------------------------------------------- a base that is made, a teacher that is a model
