@@ -320,7 +320,8 @@ def generate(benches, missing, args, dist):
     writers = {}
     for bench in benches:
         part = common.part_path(bench.rows, dist.rank)
-        writers[bench.name] = common.append_jsonl(part, ("pid", "k"))[1]
+        _, writer = common.append_jsonl(part, ("pid", "k"))
+        writers[bench.name] = writer
     bar = tqdm(total=len(requests), desc="generate", unit="resp", disable=dist.rank > 0,
                mininterval=2)
     with bar:
@@ -415,7 +416,8 @@ def measure_entropy(bench, model, tokenizer, args, dist):
         sizes.append(sum(len(prompt) + len(ids) for ids in samples[pid]))
     blocks = blocks_of(sizes, args.token_budget)[dist.rank::dist.world]
     part = common.part_path(bench.entropy, dist.rank)
-    with common.append_jsonl(part, "pid")[1] as writer:
+    _, writer = common.append_jsonl(part, "pid")
+    with writer:
         for block in tqdm(blocks, desc=f"entropy {printable(bench.name)}", unit="pack",
                           disable=dist.rank > 0, mininterval=2):
             pids = [bench.pids[i] for i in block]
@@ -423,9 +425,10 @@ def measure_entropy(bench, model, tokenizer, args, dist):
                 continue
             sequences = []
             for i, pid in zip(block, pids):
-                sequences += [(prompts[i] + ids, len(prompts[i])) for ids in samples[pid]]
-            sums = entropy_sums(model, sequences, args.token_budget, dist.device,
-                                bf16=args.dtype == "bfloat16")                        # [S]
+                prompt = prompts[i]
+                sequences += [(prompt + ids, len(prompt)) for ids in samples[pid]]
+            bf16 = args.dtype == "bfloat16"
+            sums = entropy_sums(model, sequences, args.token_budget, dist.device, bf16)   # [S]
             of_problem = sums.split([len(samples[pid]) for pid in pids])
             for pid, sums_of_problem in zip(pids, of_problem):
                 if pid not in done:
