@@ -1,12 +1,12 @@
-"""Training throughput: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and the bare limit, in
-turn.
+"""Training throughput: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and the bare model
+(padded, and sorted by length: the limit), in turn.
 
     pip install -r bench/requirements.txt && python bench/train.py [--rounds 3 --steps 40]
     python bench/train.py --model DIR --per-step 8 --steps 6 --rounds 1     a real model's directory
 
 The same traces (the toy's; for another model word problems), 32 sequences a step, float32, AdamW,
-one thread, cross entropy on the response. Bare limit: forward, backward and AdamW of the stock
-Hugging Face model on length-sorted, padded batches, and nothing else. Tokens are the sequences' own
+one thread, cross entropy on the response. Bare: forward, backward and AdamW of the stock Hugging
+Face model on padded batches, and nothing else; the limit sorts them by length first. Tokens are the sequences' own
 (prompt + response, padding not counted), over the median seconds of a step; the first 5 steps are
 left out, or the first half of fewer than 10. Each runs in its own process, and its seconds are CPU seconds, so that
 other processes disturb little; the table gives medians over rounds and ratios within the round.
@@ -71,8 +71,8 @@ def run_ours(args):
     return [r["seconds"] for r in rows], [r["tokens"] for r in rows], [r["ce_loss"] for r in rows]
 
 
-def run_bare(args):
-    """Length-sorted batches of stock Hugging Face: the most that this model gives without
+def run_bare(args, by_length: bool):
+    """Padded batches of stock Hugging Face; by length it is the most that this model gives without
     packing."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -81,7 +81,9 @@ def run_bare(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    rows = sorted(sequences(args), key=lambda s: len(s[0]))
+    rows = list(sequences(args))
+    if by_length:
+        rows.sort(key=lambda s: len(s[0]))
     seconds, tokens, losses = [], [], []
     generator = torch.Generator().manual_seed(0)
     for start in (
@@ -182,7 +184,8 @@ def run_trl(args, micro_batch: int, packing: bool):
 
 VARIANTS = {
     "ours": run_ours,
-    "bare limit": run_bare,
+    "bare, padded": lambda a: run_bare(a, False),
+    "bare limit": lambda a: run_bare(a, True),
     "TRL padded, 8": lambda a: run_trl(a, 8, False),
     "TRL padded, 32": lambda a: run_trl(a, 32, False),
     "TRL packed": lambda a: run_trl(a, 1, True),
