@@ -1,8 +1,9 @@
-"""02 verify and score: perplexities against a plain Hugging Face loop, resume to the same bytes, two ranks, refusals."""
+"""02 verify and score: perplexities against a plain Hugging Face loop, resume to the same bytes,
+two ranks, refusals."""
 
 import importlib
 import json
-import os
+import math
 import random
 import subprocess
 import sys
@@ -11,210 +12,371 @@ import pytest
 import torch
 
 import common
-from model import INSTRUCTION
 from conftest import ROOT, make_model
+from model import INSTRUCTION
 
 stage = importlib.import_module("02_verify_score")
+
+N_PROBLEMS = 9
+N_SAMPLES = 70
+
+# The 70 rows are several blocks and packs; the longest may fill the model's positions.
+SMALL = ["--block", "16", "--token-budget", "1000", "--max-score-tokens", "600"]
+
+# ---------------------------------------------------------------------- rows, and running the stage
+
+
+def write(path, rows):
+    """A JSONL file of the rows."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def problem_rows():
+    """What is 0 + 1? and so on."""
+    rows = []
+    for p in range(N_PROBLEMS):
+        rows.append({"pid": f"p{p}",
+                     "problem": f"What is {p} + 1?",
+                     "answer": [str(p + 1), "none"],
+                     "source": "t"})
+    return rows
+
+
+def sampled_rows():
+    """Responses of 0 to 560 tokens (a byte is a token): noise, and then nothing, the right answer,
+    or markup as text. Of each kind some are marked as cut."""
+    draw = random.Random(0)
+    rows = []
+    for i in range(N_SAMPLES):
+        p = i % N_PROBLEMS
+        k = i // N_PROBLEMS
+        n = draw.choice([0, 1, 2, 3, draw.randint(4, 60), draw.randint(60, 500)])
+        noise = "".join(draw.choices("abc 01+=\n", k=n))
+        text = noise + draw.choice(["", f"</think> \\boxed{{{p + 1}}}", "<|im_end|>é"])
+        rows.append({"sid": f"p{p}:t:{k}",
+                     "pid": f"p{p}",
+                     "source": "t",
+                     "k": k,
+                     "seed": i,
+                     "response": text,
+                     "n_tokens": len(text.encode()) + 1,
+                     "finish": draw.choice(["stop", "length"])})
+    return rows
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model of 600 positions, problems, and verified responses of 0 to 560 tokens (a byte is a token), markup among them."""
-    path, draw = tmp_path_factory.mktemp("score"), random.Random(0)
+    """A directory with a model of 600 positions, problems, samples, and these verified."""
+    path = tmp_path_factory.mktemp("score")
     make_model(path / "model", positions=600)
-    with open(path / "problems.jsonl", "w") as file:
-        for p in range(9):
-            file.write(json.dumps({"pid": f"p{p}", "problem": f"What is {p} + 1?", "answer": [str(p + 1), "none"], "source": "t"}) + "\n")
-    with open(path / "samples.jsonl", "w") as file:
-        for i in range(70):
-            n = draw.choice([0, 1, 2, 3, draw.randint(4, 60), draw.randint(60, 500)])
-            text = "".join(draw.choices("abc 01+=\n", k=n)) + draw.choice(["", f"</think> \\boxed{{{i % 9 + 1}}}", "<|im_end|>é"])
-            file.write(json.dumps({"sid": f"p{i % 9}:t:{i // 9}", "pid": f"p{i % 9}", "source": "t", "k": i // 9, "seed": i,
-                                   "response": text, "n_tokens": len(text.encode()) + 1,
-                                   "finish": draw.choice(["stop", "length"])}, ensure_ascii=False) + "\n")
-    stage.main(["verify", "--samples", f"{path}/samples.jsonl", "--problems", f"{path}/problems.jsonl",
-                "--out", f"{path}/verified.jsonl", "--block", "16"])
+    write(path / "problems.jsonl", problem_rows())
+    write(path / "samples.jsonl", sampled_rows())
+    stage.main([*verify_command(path, path / "verified.jsonl"), "--block", "16"])
     return path
 
 
+def verify_command(world, out, samples=None, problems=None):
+    """The command line of `verify`: of the world's files, where no others are named."""
+    return ["verify",
+            "--samples", str(samples or world / "samples.jsonl"),
+            "--problems", str(problems or world / "problems.jsonl"),
+            "--out", str(out)]
+
+
+def score_command(world, out, samples=None, model=None):
+    """The command line of `score`: of the world's files, where no others are named."""
+    return ["score",
+            "--samples", str(samples or world / "verified.jsonl"),
+            "--model", str(model or world / "model"),
+            "--out", str(out)]
+
+
 def score(world, out, *more):
-    stage.main(["score", "--samples", str(world / "verified.jsonl"), "--model", str(world / "model"), "--out", str(out),
-                "--block", "16", "--token-budget", "1000", "--max-score-tokens", "600", *more])
+    """Score the verified responses -> scored rows."""
+    stage.main([*score_command(world, out), *SMALL, *more])
     return list(common.read_jsonl(out))
+
+
+def refused(capsys, *argv):
+    """Run the stage, which must stop with code 2 -> what it says about that."""
+    with pytest.raises(SystemExit) as stop:
+        stage.main([str(word) for word in argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- perplexities
 
 
 @torch.no_grad()
 def plain_nll(model, tokenizer, row, context, max_tokens):
-    """One row, one forward of the stock model, full logits."""
-    ids = tokenizer(row["response"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    """One row, one forward pass of the stock model, full logits -> (sum of -log p, how many)."""
+    def ids_of(text, **flags):
+        return tokenizer(text, add_special_tokens=False, **flags)["input_ids"]
+
+    ids = ids_of(row["response"], split_special_tokens=True)
     start = 1
     if context == "prompt":
-        text = "<|im_start|>user\n" + row["problem"] + INSTRUCTION + "<|im_end|>\n<|im_start|>assistant\n"
-        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids, start = prompt + ids, len(prompt)
+        prompt = ids_of("<|im_start|>user\n" + row["problem"] + INSTRUCTION + "<|im_end|>\n"
+                        "<|im_start|>assistant\n")
+        ids = prompt + ids
+        start = len(prompt)
     ids = ids[:max_tokens]
     if len(ids) <= start:
         return 0.0, 0
-    logp = model(torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
-    return -sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))), len(ids) - start
+    logits = model(torch.tensor([ids])).logits[0]
+    logp = logits.double().log_softmax(dim=-1)
+    nll = 0.0
+    for t in range(start, len(ids)):
+        nll -= logp[t - 1, ids[t]].item()
+    return nll, len(ids) - start
 
 
-@pytest.mark.parametrize("context,max_tokens", [("response", 600), ("response", 100), ("prompt", 600)])
+def with_room_for_prompts(world, path):
+    """A world of the responses that fit into the model's positions behind their prompts."""
+    path.mkdir()
+    rows = common.read_jsonl(world / "verified.jsonl")
+    write(path / "verified.jsonl", [row for row in rows if row["n_tokens"] < 400])
+    (path / "model").symlink_to(world / "model")
+    return path
+
+
+@pytest.mark.parametrize("context,max_tokens", [
+    ("response", 600),
+    ("response", 100),
+    ("prompt", 600)])
 def test_perplexities_equal_a_plain_loop(world, tmp_path, context, max_tokens):
+    """Packed, chunked scoring gives what one plain forward pass per response gives."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
     if context == "prompt":
-        short = [r for r in common.read_jsonl(world / "verified.jsonl") if r["n_tokens"] < 400]
-        folder = tmp_path / "short"
-        folder.mkdir()
-        (folder / "verified.jsonl").write_text("".join(json.dumps(r) + "\n" for r in short))
-        (folder / "model").symlink_to(world / "model")
-        world = folder
-    rows = score(world, tmp_path / "s.jsonl", "--ppl-context", context, "--max-score-tokens", str(max_tokens))
-    assert [r["sid"] for r in rows] == [r["sid"] for r in common.read_jsonl(world / "verified.jsonl")]
+        world = with_room_for_prompts(world, tmp_path / "short")
+    verified = list(common.read_jsonl(world / "verified.jsonl"))
+
+    rows = score(world, tmp_path / "s.jsonl", "--ppl-context", context,
+                 "--max-score-tokens", str(max_tokens))
+
+    assert [row["sid"] for row in rows] == [row["sid"] for row in verified]
     n_empty = 0
     for row in rows:
         nll, n = plain_nll(model, tokenizer, row, context, max_tokens)
-        assert row["n_scored"] == n and row["nll_sum"] == pytest.approx(nll, rel=1e-4)
-        assert row["ppl"] == (None if n == 0 else pytest.approx(torch.tensor(nll / n).exp().item(), rel=1e-4))
-        assert row["ppl_context"] == context and row["scorer"] == str(world / "model")
-        n_empty += n == 0
-    assert n_empty > 0 and common.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
+        assert row["n_scored"] == n
+        assert row["nll_sum"] == pytest.approx(nll, rel=1e-4)
+        if n == 0:
+            assert row["ppl"] is None
+            n_empty += 1
+        else:
+            assert row["ppl"] == pytest.approx(math.exp(nll / n), rel=1e-4)
+        assert row["ppl_context"] == context
+        assert row["scorer"] == str(world / "model")
+    assert n_empty > 0
+    assert common.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
 
 
 def test_perplexities_in_bfloat16_are_those_of_float32_but_for_rounding(world, tmp_path):
-    exact, rounded = (score(world, tmp_path / dtype, "--dtype", dtype) for dtype in ("float32", "bfloat16"))
-    pairs = [(a["ppl"], b["ppl"]) for a, b in zip(exact, rounded, strict=True) if a["ppl"] is not None]
-    assert all(b == pytest.approx(a, rel=0.05) for a, b in pairs) and sum(a != b for a, b in pairs) > 0.9 * len(pairs)
-    with pytest.raises(SystemExit):
+    exact = score(world, tmp_path / "float32", "--dtype", "float32")
+    rounded = score(world, tmp_path / "bfloat16", "--dtype", "bfloat16")
+    n_scored = 0
+    n_differ = 0
+    for a, b in zip(exact, rounded, strict=True):
+        if a["ppl"] is None:
+            continue
+        assert b["ppl"] == pytest.approx(a["ppl"], rel=0.05)
+        n_scored += 1
+        n_differ += a["ppl"] != b["ppl"]
+    assert n_differ > 0.9 * n_scored, "bfloat16 was really used"
+    with pytest.raises(SystemExit):             # the two are not mixed in one file
         score(world, tmp_path / "float32", "--dtype", "bfloat16")
 
 
+# -------------------------------------------------------------------------------- resume, and ranks
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("n_whole,half", [(0, False), (5, True), (16, False), (37, True), (70, False)])
+@pytest.mark.parametrize("n_whole,half", [
+    (0, False),
+    (5, True),
+    (16, False),
+    (37, True),
+    (70, False)])
 def test_a_stopped_run_goes_on_to_the_same_bytes(world, tmp_path, n_whole, half):
+    """Whatever a stop has left of the output, whole rows and a half one, the next run ends with the
+    bytes of an uninterrupted one, and verify with its counts."""
     score(world, tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
+    scored = (tmp_path / "whole.jsonl").read_bytes()
+    lines = scored.splitlines(keepends=True)
     out = tmp_path / "cut.jsonl"
+    score(world, out)                           # for its sidecar
+    half_line = lines[n_whole][:40] if half else b""
+    out.write_bytes(b"".join(lines[:n_whole]) + half_line)
     score(world, out)
-    out.write_bytes(b"".join(lines[:n_whole]) + (lines[n_whole][:40] if half else b""))
-    score(world, out)
-    assert out.read_bytes() == whole and common.read_meta(out)["rows"] == 70
+    assert out.read_bytes() == scored
+    assert common.read_meta(out)["rows"] == N_SAMPLES
+
     verified = (world / "verified.jsonl").read_bytes()
+    lines = verified.splitlines(keepends=True)
     out = tmp_path / "verified.jsonl"
-    out.write_bytes(b"".join(verified.splitlines(keepends=True)[:n_whole]) + (b'{"sid": "p0' if half else b""))
-    stage.main(["verify", "--samples", f"{world}/samples.jsonl", "--problems", f"{world}/problems.jsonl", "--out", str(out)])
+    half_line = b'{"sid": "p0' if half else b""
+    out.write_bytes(b"".join(lines[:n_whole]) + half_line)
+    stage.main(verify_command(world, out))
     assert out.read_bytes() == verified
-    meta, first = (common.read_meta(path) for path in (out, world / "verified.jsonl"))
-    assert meta["status"] == first["status"] and meta["rows"] == first["rows"] == sum(meta["status"].values()) == 70
+    meta = common.read_meta(out)
+    uninterrupted = common.read_meta(world / "verified.jsonl")
+    assert meta["status"] == uninterrupted["status"]
+    assert sum(meta["status"].values()) == N_SAMPLES
+    assert meta["rows"] == N_SAMPLES
+    assert uninterrupted["rows"] == N_SAMPLES
 
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(world, tmp_path):
+    """Going on after 20 rows, two ranks write the rows that one wrote, in their order; only the
+    last bits of a sum may differ."""
     one = score(world, tmp_path / "one.jsonl")
-    out = tmp_path / "two.jsonl"
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in one[:20]))
-    argv = ["score", "--samples", world / "verified.jsonl", "--model", world / "model", "--out", out, "--block", "16",
-            "--token-budget", "1000", "--max-score-tokens", "600"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           ROOT / "02_verify_score.py", *argv], capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    out = write(tmp_path / "two.jsonl", one[:20])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, ROOT / "02_verify_score.py", *score_command(world, out), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     two = list(common.read_jsonl(out))
     assert len(two) == len(one)
     for a, b in zip(one, two):
         assert {**a, "ppl": 0, "nll_sum": 0} == {**b, "ppl": 0, "nll_sum": 0}
-        assert a["nll_sum"] == pytest.approx(b["nll_sum"], rel=1e-5) and (a["ppl"] is None) == (b["ppl"] is None)
+        assert a["nll_sum"] == pytest.approx(b["nll_sum"], rel=1e-5)
+        assert (a["ppl"] is None) == (b["ppl"] is None)
+
+
+# ----------------------------------------------------------------------------------------- verdicts
 
 
 def test_verdicts_and_their_counts(world):
+    """A right answer counts though its response was cut; a response cut before its answer is told
+    from one that ended without."""
     rows = list(common.read_jsonl(world / "verified.jsonl"))
     for row in rows:
-        right = row["response"].endswith(f"</think> \\boxed{{{int(row['pid'][1:]) + 1}}}")
-        assert row["correct"] is right and row["problem"] == f"What is {row['pid'][1:]} + 1?"
+        p = int(row["pid"].removeprefix("p"))
+        right = row["response"].endswith(f"</think> \\boxed{{{p + 1}}}")
+        assert row["correct"] is right
+        assert row["problem"] == f"What is {p} + 1?"
         if not right:
-            assert row["status"] == ("truncated" if row["finish"] == "length" else "no_think_end") and row["predicted"] is None
-    status = common.read_meta(world / "verified.jsonl")["status"]
-    assert set(status) == {"correct/ok", "wrong/truncated", "wrong/no_think_end"} and sum(status.values()) == len(rows)
+            status = "truncated" if row["finish"] == "length" else "no_think_end"
+            assert row["status"] == status
+            assert row["predicted"] is None
+    counts = common.read_meta(world / "verified.jsonl")["status"]
+    assert set(counts) == {"correct/ok", "wrong/truncated", "wrong/no_think_end"}
+    assert sum(counts.values()) == len(rows)
 
 
 def test_an_answer_that_cannot_be_read_is_unknown_and_not_wrong(world, tmp_path, capsys):
-    problems = [{**r, "answer": r"\unreadable{"} for r in common.read_jsonl(world / "problems.jsonl")]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in problems))
+    problems = [{**row, "answer": r"\unreadable{"} for row in problem_rows()]
+    path = write(tmp_path / "p.jsonl", problems)
     out = tmp_path / "v.jsonl"
-    stage.main(["verify", "--samples", f"{world}/samples.jsonl", "--problems", str(tmp_path / "p.jsonl"), "--out", str(out)])
+
+    stage.main(verify_command(world, out, problems=path))
+
     rows = list(common.read_jsonl(out))
-    assert {r["correct"] for r in rows if r["predicted"] is not None} == {None}
+    assert {row["correct"] for row in rows if row["predicted"] is not None} == {None}
+    meta = common.read_meta(out)
+    assert meta["unreadable_golds"] == N_PROBLEMS
+    assert meta["unknown"] > 0
+    assert meta["unknown"] == sum(row["correct"] is None for row in rows)
     printed = capsys.readouterr().out
     assert "could not be judged (correct: null)" in printed
-    assert "the gold of 9 of 9 problems cannot be read" in printed and printed.index("unreadable{") < printed.index("responses:")
-    assert common.read_meta(out)["unreadable_golds"] == 9
-    assert common.read_meta(out)["unknown"] == sum(r["correct"] is None for r in rows) > 0
+    assert "the gold of 9 of 9 problems cannot be read" in printed
+    assert printed.index("unreadable{") < printed.index("responses:"), "before the verdicts"
 
 
 def test_only_one_verdict_is_scored_and_kept(world, tmp_path):
     every = score(world, tmp_path / "all.jsonl")
-    wrong = score(world, tmp_path / "wrong.jsonl", "--only", "wrong")
-    assert [r["sid"] for r in wrong] == [r["sid"] for r in every if r["correct"] is False]
-    some = score(world, tmp_path / "correct.jsonl", "--only", "correct")
-    assert [r["sid"] for r in some] == [r["sid"] for r in every if r["correct"] is True]
+    for only, verdict in (("wrong", False), ("correct", True)):
+        kept = score(world, tmp_path / f"{only}.jsonl", "--only", only)
+        expected = [row["sid"] for row in every if row["correct"] is verdict]
+        assert [row["sid"] for row in kept] == expected
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        stage.main([str(a) for a in argv])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_score_refuses_what_it_cannot_do_right(world, tmp_path, capsys):
-    base = ["score", "--samples", world / "verified.jsonl", "--model", world / "model", "--out", tmp_path / "o.jsonl"]
+    out = tmp_path / "o.jsonl"
+    command = score_command(world, out)
+
+    # a sequence that the model or a pack cannot hold
     make_model(tmp_path / "short", positions=128)
-    assert "max_position_embeddings = 128" in refused(capsys, *base[:4], tmp_path / "short", *base[5:])
-    assert "raise --token-budget (100)" in refused(capsys, *base, "--token-budget", "100")
-    assert "max_position_embeddings = 600" in refused(capsys, *base, "--ppl-context", "prompt", "--max-score-tokens", "700")
-    assert "missing.jsonl does not exist" in refused(capsys, "score", "--samples", tmp_path / "missing.jsonl", *base[3:])
-    assert "missing" in refused(capsys, *base[:4], tmp_path / "missing", *base[5:])
-    assert "'correct'" in refused(capsys, *base[:1], "--samples", world / "samples.jsonl", *base[3:])
-    assert not (tmp_path / "o.jsonl").exists() or not (tmp_path / "o.jsonl").read_text()
-    twice = (world / "verified.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "twice.jsonl").write_text("".join(twice + twice[:1]))
-    assert "occurs twice" in refused(capsys, "score", "--samples", tmp_path / "twice.jsonl", *base[3:-1], tmp_path / "t.jsonl")
+    short = score_command(world, out, model=tmp_path / "short")
+    assert "max_position_embeddings = 128" in refused(capsys, *short)
+    said = refused(capsys, *command, "--token-budget", "100")
+    assert "raise --token-budget (100)" in said
+    said = refused(capsys, *command, "--ppl-context", "prompt", "--max-score-tokens", "700")
+    assert "max_position_embeddings = 600" in said
+
+    # inputs that are not there, or not verified
+    no_samples = score_command(world, out, samples=tmp_path / "missing.jsonl")
+    assert "missing.jsonl does not exist" in refused(capsys, *no_samples)
+    no_model = score_command(world, out, model=tmp_path / "missing")
+    assert "missing" in refused(capsys, *no_model)
+    not_verified = score_command(world, out, samples=world / "samples.jsonl")
+    assert "'correct'" in refused(capsys, *not_verified)
+    assert not out.exists() or not out.read_text(), "nothing is written"
+
+    # a response that is there twice
+    verified = list(common.read_jsonl(world / "verified.jsonl"))
+    path = write(tmp_path / "twice.jsonl", verified + verified[:1])
+    twice = score_command(world, tmp_path / "t.jsonl", samples=path)
+    assert "occurs twice" in refused(capsys, *twice)
 
 
 def test_outputs_of_other_settings_or_inputs_are_not_mixed(world, tmp_path, capsys):
     out = tmp_path / "o.jsonl"
     before = score(world, out)
-    base = ["score", "--samples", world / "verified.jsonl", "--model", world / "model", "--out", out]
-    assert "other settings" in refused(capsys, *base, "--max-score-tokens", "50", "--block", "16", "--token-budget", "1000")
+    command = score_command(world, out)
+    said = refused(capsys, *command, *SMALL, "--max-score-tokens", "50")
+    assert "other settings" in said
+
     (tmp_path / "o.meta.json").unlink()
     out.write_text(out.read_text().replace('"sid": "p3:t:1"', '"sid": "p3:other:1"'))
-    assert "holds other rows than the input" in refused(capsys, *base)
+    assert "holds other rows than the input" in refused(capsys, *command)
     assert len(list(common.read_jsonl(out))) == len(before), "nothing is lost"
 
 
 def test_verdicts_of_two_graders_are_not_mixed(world, tmp_path, capsys, monkeypatch):
-    argv = ["verify", "--samples", world / "samples.jsonl", "--problems", world / "problems.jsonl", "--out", tmp_path / "v.jsonl"]
-    stage.main([str(word) for word in argv])
-    assert common.read_meta(tmp_path / "v.jsonl")["args"]["grader"].startswith("grading/verifier.py ")
-    monkeypatch.setattr(stage.verifier, "grader_name", lambda: "grading/verifier.py another")
-    assert "other settings (grader)" in refused(capsys, *argv)
+    def another_grader():
+        return "grading/verifier.py another"
+
+    out = tmp_path / "v.jsonl"
+    command = verify_command(world, out)
+    stage.main(command)
+    grader = common.read_meta(out)["args"]["grader"]
+    assert grader.startswith("grading/verifier.py ")
+    monkeypatch.setattr(stage.verifier, "grader_name", another_grader)
+    assert "other settings (grader)" in refused(capsys, *command)
 
 
 def test_verify_refuses_what_it_cannot_judge(world, tmp_path, capsys):
-    lines = (world / "problems.jsonl").read_text().splitlines(keepends=True)
-    base = ["verify", "--samples", world / "samples.jsonl", "--out", tmp_path / "v.jsonl", "--problems"]
-    for name, text, message in (("few", "".join(lines[:3]), "samples.jsonl:4: no problem 'p3'"), ("twice", "".join(lines + lines[:1]), "occurs twice"),
-                                ("none", "", "is empty"), ("number", lines[0].replace('["1", "none"]', "1"), "'answer'")):
-        (tmp_path / name).write_text(text)
-        assert message in refused(capsys, *base, tmp_path / name)
-    (tmp_path / "s.jsonl").write_text('{"sid": "a", "pid": "p0", "n_tokens": 3, "finish": "stop"}\n')
-    assert "'response' is missing" in refused(capsys, "verify", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "w.jsonl",
-                                              "--problems", world / "problems.jsonl")
+    problems = problem_rows()
+    bad_files = (
+        ("few", problems[:3], "samples.jsonl:4: no problem 'p3'"),
+        ("twice", problems + problems[:1], "occurs twice"),
+        ("none", [], "is empty"),
+        ("number", [{**problems[0], "answer": 1}], "'answer'"))
+    for name, rows, message in bad_files:
+        path = write(tmp_path / name, rows)
+        command = verify_command(world, tmp_path / "v.jsonl", problems=path)
+        assert message in refused(capsys, *command)
+
+    no_response = {"sid": "a", "pid": "p0", "n_tokens": 3, "finish": "stop"}
+    path = write(tmp_path / "s.jsonl", [no_response])
+    command = verify_command(world, tmp_path / "w.jsonl", samples=path)
+    assert "'response' is missing" in refused(capsys, *command)
 
 
 @pytest.mark.slow
 def test_the_exit_code_on_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "02_verify_score.py", "select", "--arm", "sft", "--teacher", tmp_path / "no.jsonl",
-                           "--out", tmp_path / "o.jsonl"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path / 'no.jsonl'} does not exist"
+    teacher = tmp_path / "no.jsonl"
+    command = [sys.executable, ROOT / "02_verify_score.py", "select", "--arm", "sft",
+               "--teacher", teacher, "--out", tmp_path / "o.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: {teacher} does not exist"
