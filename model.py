@@ -501,7 +501,11 @@ class TokenLogprobs(torch.nn.Module):
 def model_dir(path) -> str:
     """DIR, or DIR/final of a training run, or a hub id as it is."""
     path = Path(path)
-    if (path / "config.json").exists() or not path.exists():
+    if not path.exists():
+        if path.is_absolute() or len(path.parts) > 2:        # a hub id is NAME or OWNER/NAME
+            die(f"{path} does not exist")
+        return str(path)
+    if (path / "config.json").exists():
         return str(path)
     if (path / "final" / "config.json").exists():
         return str(path / "final")

@@ -175,7 +175,7 @@ def test_perplexities_equal_a_plain_loop(world, tmp_path, context, max_tokens):
     assert common.read_meta(tmp_path / "s.jsonl")["unscored"] == n_empty
 
 
-def test_perplexities_in_bfloat16_are_those_of_float32_but_for_rounding(world, tmp_path):
+def test_perplexities_in_bfloat16_are_those_of_float32_but_for_rounding(world, tmp_path, capsys):
     exact = score(world, tmp_path / "float32", "--dtype", "float32")
     rounded = score(world, tmp_path / "bfloat16", "--dtype", "bfloat16")
     n_scored = 0
@@ -187,8 +187,9 @@ def test_perplexities_in_bfloat16_are_those_of_float32_but_for_rounding(world, t
         n_scored += 1
         n_differ += a["ppl"] != b["ppl"]
     assert n_differ > 0.9 * n_scored, "bfloat16 was really used"
-    with pytest.raises(SystemExit):             # the two are not mixed in one file
-        score(world, tmp_path / "float32", "--dtype", "bfloat16")
+    other_type = [*score_command(world, tmp_path / "float32"), *SMALL, "--dtype", "bfloat16"]
+    said = refused(capsys, *other_type)
+    assert "dtype" in said and "--force starts over" in said, "the two are not mixed in one file"
 
 
 # -------------------------------------------------------------------------------- resume, and ranks
@@ -315,8 +316,8 @@ def test_score_refuses_what_it_cannot_do_right(world, tmp_path, capsys):
     # inputs that are not there, or not verified
     no_samples = score_command(world, out, samples=tmp_path / "missing.jsonl")
     assert "missing.jsonl does not exist" in refused(capsys, *no_samples)
-    no_model = score_command(world, out, model=tmp_path / "missing")
-    assert "missing" in refused(capsys, *no_model)
+    no_model = score_command(world, out, model=tmp_path / "nowhere")
+    assert "nowhere does not exist" in refused(capsys, *no_model)
     not_verified = score_command(world, out, samples=world / "samples.jsonl")
     assert "'correct'" in refused(capsys, *not_verified)
     assert not out.exists() or not out.read_text(), "nothing is written"
