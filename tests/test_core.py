@@ -278,7 +278,7 @@ def test_plan_packs_uses_each_sequence_once_within_budget_and_balances():
 
 
 def greedy(engine, prompt):
-    """Ten tokens, the likeliest at each step."""
+    """At most ten tokens, the likeliest at each step."""
     completions = dict(engine.generate([prompt], [0], 0.0, 1.0, 10))
     return completions[0].ids
 
