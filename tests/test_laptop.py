@@ -164,7 +164,7 @@ def test_the_laptop_recipe_in_miniature(tmp_path):
     recipe = write_miniature(tmp_path)
 
     settings = {"RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
-    done = run_all(recipe, timeout=1800, **settings)
+    done = run_all(recipe, timeout=3600, **settings)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     run = tmp_path / "runs/mini"
 
@@ -193,7 +193,7 @@ def test_the_laptop_recipe_in_miniature(tmp_path):
     assert "C1" in done.stdout
     assert (run / "report/REPORT.md").exists()
 
-    again = run_all(recipe, timeout=600, **settings)
+    again = run_all(recipe, timeout=1200, **settings)
     assert again.returncode == 0
     commands = [line for line in again.stdout.splitlines() if line.startswith("+ ")]
     assert len(commands) == 1

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -877,13 +876,11 @@ def test_a_failed_rank_ends_the_job_with_its_own_message(tmp_path, tiny_model_di
     """Rank 0 dies over what a killed rank 1 left; rank 1, which waits for it, is ended by
     torchrun."""
     (tmp_path / "o.rank1.jsonl").write_text('{"what": "is this"}\n')
-    began = time.time()
     done = run("model", "--model", tiny_model_dir, "--problems", problem_file, "--n", 1,
                "--max-tokens", 4, "--max-prompt-tokens", 400, "--engine", "hf",
                "--out", tmp_path / "o.jsonl", ranks=2)
     assert done.returncode != 0
     assert "o.rank1.jsonl:1: not a row of this output" in done.stdout + done.stderr
-    assert time.time() - began < 100                       # start-up on a busy machine included
 
 
 def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_dir, problem_file,
