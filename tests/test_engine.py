@@ -62,7 +62,7 @@ def prompts(tiny_tokenizer):
     return rendered
 
 
-# ----------------------------------------------------------------------- drawing and its log-probs
+# ------------------------------------------------------------------------ drawing and its log-probs
 
 
 def seeds_of(prompts):
@@ -121,7 +121,7 @@ def change(model, scale=0.05, seed=1):
             weight.add_(torch.randn(weight.shape, generator=noise) * scale)
 
 
-# ------------------------------------------------------------------------------- nucleus sampling
+# --------------------------------------------------------------------------------- nucleus sampling
 
 
 def by_a_full_sort(logits, u, temperature, top_p):
@@ -187,7 +187,7 @@ def test_a_peaked_vocabulary_is_not_sorted(monkeypatch):
     assert calls == [(64, engines.NUCLEUS_WIDTH), (3, 49152)]
 
 
-# ----------------------------------------------------------------------------- dtype and progress
+# ------------------------------------------------------------------------------- dtype and progress
 
 
 def test_bfloat16_on_a_cpu(model_path, hf_engine, prompts):
@@ -236,7 +236,7 @@ def test_vllm_shows_the_same_progress(vllm, prompts):
     shows_progress(vllm, prompts)
 
 
-# ----------------------------------------------------------------------- which engine, which dtype
+# ------------------------------------------------------------------------ which engine, which dtype
 
 
 def test_vllm_without_vllm_is_refused_in_one_sentence(model_path, monkeypatch, capsys):
@@ -273,7 +273,7 @@ def test_auto_is_settled_before_anything_is_recorded(monkeypatch):
     assert settled(monkeypatch, has_gpu=True, has_vllm=True) == ("vllm", "bfloat16")
 
 
-# ------------------------------------------------------------------------ vLLM's tokens, log-probs
+# ------------------------------------------------------------------------- vLLM's tokens, log-probs
 
 
 @vllm_only
@@ -437,7 +437,7 @@ def test_vllm_ends_early_when_told_to(vllm, prompts):
     assert not vllm.llm.llm_engine.has_unfinished_requests()
 
 
-# ------------------------------------------------------------------------- the process around vLLM
+# -------------------------------------------------------------------------- the process around vLLM
 
 
 def random_states():

@@ -79,7 +79,7 @@ def wait_for_pid(folder):
     return int(file.read_text())
 
 
-# ------------------------------------------------------------------------------- what is run again
+# -------------------------------------------------------------------------------- what is run again
 
 
 def test_a_finished_command_is_not_run_again(tmp_path):
@@ -186,7 +186,7 @@ def test_side_by_side(tmp_path):
     assert seconds < 2.4 + 2
 
 
-# ---------------------------------------------------------------------- signals, kill -9, the lock
+# ----------------------------------------------------------------------- signals, kill -9, the lock
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -248,7 +248,7 @@ def test_two_at_once_are_refused_also_after_kill_9(tmp_path):
     assert third.stdout == "free\n"
 
 
-# ---------------------------------------------------------------------------------- hostile values
+# ----------------------------------------------------------------------------------- hostile values
 
 # A shell that evaluates one of these makes the file MARK.
 HOSTILE = [
@@ -386,7 +386,7 @@ def test_values_with_spaces_and_quotes_arrive_whole(tmp_path):
     assert source in words.stdout.splitlines()
 
 
-# ------------------------------------------------------------------------------------ plan, limits
+# ------------------------------------------------------------------------------------- plan, limits
 
 
 @pytest.mark.parametrize("kind, limits", [("equal", set()), ("published", {"16384", "18432"})])
@@ -411,7 +411,7 @@ def test_response_limits_of_rlvr(tmp_path, kind, limits):
     assert not (tmp_path / "runs").exists()
 
 
-# ----------------------------------------------------------------------------------- several nodes
+# ------------------------------------------------------------------------------------ several nodes
 
 
 @pytest.mark.slow
