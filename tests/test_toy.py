@@ -137,6 +137,12 @@ def test_arithmetic_of_careful_steps():
             if carry_out:
                 assert not 0 <= total <= 9
 
+        assert len(clauses) == 2 * len(operations)
+        units = clauses[1::2] if style == "split" else clauses[0::2]
+        for a, sign, b, _, _, carry_out in units:
+            needs_carry = not 0 <= plus_or_minus(int(a), sign, int(b)) <= 9
+            assert bool(carry_out) == needs_carry, "a carry or borrow that is not written"
+
 
 def test_style_of_notices_a_wrong_step_that_ends_right():
     problem = (47, (("+", 25), ("-", 13)))
@@ -191,6 +197,15 @@ def check_problem_rows(rows):
     assert len({row["pid"] for row in rows}) == len(rows)
 
 
+def check_nothing_is_drawn_twice():
+    """What one file has taken no other gets, though it draws the same random numbers: in files as
+    small as here that could be chance."""
+    taken = set()
+    first = world.draw_distinct(random.Random(0), 50, (2,), taken)
+    second = world.draw_distinct(random.Random(0), 50, (2,), taken)
+    assert not set(first) & set(second)
+
+
 def test_files_schemas_overlap_and_determinism(tmp_path):
     files = write_world(tmp_path / "a", seed="3")
     same_seed = write_world(tmp_path / "b", seed="3")
@@ -209,6 +224,7 @@ def test_files_schemas_overlap_and_determinism(tmp_path):
     texts = {name: problems_of(files[name]) for name in PROBLEM_FILES}
     assert sum(len(of_file) for of_file in texts.values()) == 140
     assert len(set.union(*texts.values())) == 140
+    check_nothing_is_drawn_twice()
     some_rows = files["id"] + files["problems"] + other_seed["problems"]
     assert len({row["answer"] for row in some_rows}) > 60
 
