@@ -441,7 +441,7 @@ def test_an_output_is_a_regular_file_and_no_input(tmp_path, capsys):
 
     def replace(name):
         with common.replace_file(tmp_path / name):
-            pass
+            pytest.fail("was opened")
 
     data = write_rows(tmp_path / "data.jsonl", {"k": 0})
     (tmp_path / "link").symlink_to(data)

@@ -269,10 +269,6 @@ def test_entropy_by_kind_against_plain_softmax(model):
 # ----------------------------------------------------------------------------------- explain.jsonl
 
 
-def ablation_title(name):
-    return f"Ablation: {explain.ABLATIONS[name].label}"
-
-
 def cells_of(section, arm, benchmark):
     """A row's cells after arm and set."""
     found = [row[2:] for row in section["rows"] if row[:2] == [arm, benchmark]]
@@ -309,13 +305,13 @@ def test_explain_jsonl_is_what_the_report_shows(run, model, capsys):
     assert abs(mean_in(cells[2])) < 0.02
 
     # ablations: two values and the run's own on two seeds; one value on one seed
-    ablation = by_title[ablation_title("mu_quantile")]
+    ablation = by_title["Ablation: μ, as a quantile of perplexity"]
     assert ablation["columns"][1:4] == ["id: Pass@1", "id: Pass@8", "id: entropy (nats)"]
     assert [row[0] for row in ablation["rows"]] == ["0.3", "0.7", "0.9"]
     mean_over_seeds = (pass1(0) + pass1(0.2)) / 2
     assert float(ablation["rows"][0][1]) == pytest.approx(mean_over_seeds, abs=0.01)
     assert "seeds 0, 1" in ablation["text"]
-    cap = by_title[ablation_title("cap")]
+    cap = by_title["Ablation: cap: most examples of one query"]
     assert [row[0] for row in cap["rows"]] == ["2"]
     assert "seed 0," in cap["text"]
     assert "One seed" in cap["text"]
@@ -351,6 +347,7 @@ def test_one_seed_and_no_ablations(tmp_path, model, capsys):
 
     explain.main([str(run), "--base", str(model)])
     sections = list(common.read_jsonl(run / "explain.jsonl"))
+    assert sections[0]["rows"]
     for row in sections[0]["rows"]:
         assert "to" not in row[2], "one seed has no range"
     for section in sections:

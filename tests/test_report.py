@@ -370,12 +370,12 @@ def test_verdict_rule(low, high, expected):
 ])
 def test_verdict_of_two_parts(first, second, expected):
     """C4 has the worse of them, and a claim of one part is left as it is."""
-    parts = {"Pass@1": {"verdict": first}, "Pass@k": {"verdict": second}}
     joined = report.join_parts({
         "C1": {"verdict": "undecided"},
-        "C4 Pass@1": parts["Pass@1"],
-        "C4 Pass@k": parts["Pass@k"],
+        "C4 Pass@1": {"verdict": first},
+        "C4 Pass@k": {"verdict": second},
     })
+    parts = {"Pass@1": {"verdict": first}, "Pass@k": {"verdict": second}}
     assert joined["C4"] == {"verdict": expected, "parts": parts}
     assert joined["C1"] == {"verdict": "undecided"}
 

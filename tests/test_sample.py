@@ -536,7 +536,9 @@ def test_the_rl_file_gives_all_its_rows_and_its_instruction(tmp_path, capsys):
 
     out = tmp_path / "k.jsonl"
     inside(capsys, "problems", "--source", verl, "--keep-instruction", "--out", out)
-    assert all(problem.endswith(SUFFIX) for problem in column(out, "problem"))
+    problems = column(out, "problem")
+    assert problems
+    assert all(problem.endswith(SUFFIX) for problem in problems)
     assert common.read_meta(out)["instruction"] is None
 
 
@@ -874,7 +876,7 @@ def test_samples_resume_to_the_same_bytes_on_any_number_of_ranks(tmp_path, tiny_
 @pytest.mark.slow
 def test_a_failed_rank_ends_the_job_with_its_own_message(tmp_path, tiny_model_dir, problem_file):
     """Rank 0 dies over what a killed rank 1 left; rank 1, which waits for it, is ended by
-    torchrun."""
+    torchrun long before its own patience (`run` gives up after 300 s)."""
     (tmp_path / "o.rank1.jsonl").write_text('{"what": "is this"}\n')
     done = run("model", "--model", tiny_model_dir, "--problems", problem_file, "--n", 1,
                "--max-tokens", 4, "--max-prompt-tokens", 400, "--engine", "hf",
@@ -901,7 +903,9 @@ def test_think_that_ends_the_prompt_goes_to_the_response(tmp_path, tiny_model_di
     said = inside(capsys, "model", "--model", r1, "--problems", problem_file, "--n", 1,
                   "--max-tokens", 5, "--max-prompt-tokens", 300, "--engine", "hf",
                   "--out", tmp_path / "o.jsonl")
-    for response in column(tmp_path / "o.jsonl", "response"):
+    responses = column(tmp_path / "o.jsonl", "response")
+    assert responses
+    for response in responses:
         assert response.startswith("<think>\n"), said
     with pytest.raises(SystemExit):
         load_tokenizer(r1)

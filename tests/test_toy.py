@@ -274,15 +274,18 @@ def test_pretraining_text_holds_no_evaluation_problem_and_is_a_function_of_its_s
 def test_drills_are_right(which):
     """Every sum of a drill is right; sums of whole numbers are in the easy world's only."""
     rng = random.Random(0)
+    n_digits = 0
     n_whole = 0
     for _ in range(50):
         table = make_base.drill(rng, which)
         for a, sign, b, carry_in, result in re.findall(r"\b(\d)([+-])(\d)('?)=(\d)", table):
             total = plus_or_minus(int(a), sign, int(b) + bool(carry_in))
             assert total % 10 == int(result)
+            n_digits += 1
         for a, sign, b, result in re.findall(r"(\d\d)([+-])(\d\d)=(\d\d)", table):
             assert plus_or_minus(int(a), sign, int(b)) % 100 == int(result)
             n_whole += 1
+    assert n_digits > 0
     assert (n_whole > 0) == (which == "easy-leap")
 
 

@@ -1005,7 +1005,8 @@ def pool():
 
 
 def all_right(pairs, workers, pool):
-    return all(verdict.correct for verdict in verifier.verify_many(pairs, workers, pool=pool))
+    verdicts = verifier.verify_many(pairs, workers, pool=pool)
+    return [verdict.correct for verdict in verdicts] == [True] * len(pairs)
 
 
 def judge_among_neighbours(text, off, seconds, megabytes):
