@@ -1,15 +1,16 @@
 """Training throughput: 03_train_oxa.py, TRL's SFTTrainer (padded and packed) and the bare model
-(padded, and sorted by length: the limit), in turn.
+(padded, as the rows come and sorted by length), in turn.
 
     pip install -r bench/requirements.txt && python bench/train.py [--rounds 3 --steps 40]
     python bench/train.py --model DIR --per-step 8 --steps 6 --rounds 1     a real model's directory
 
-The same traces (the toy's; for another model word problems), 32 sequences a step, float32, AdamW,
-one thread, cross entropy on the response. Bare: forward, backward and AdamW of the stock Hugging
-Face model on padded batches, and nothing else; the limit sorts them by length first. Tokens are the sequences' own
-(prompt + response, padding not counted), over the median seconds of a step; the first 5 steps are
-left out, or the first half of fewer than 10. Each runs in its own process, and its seconds are CPU seconds, so that
-other processes disturb little; the table gives medians over rounds and ratios within the round.
+The same traces (the toy's; for another model word problems, which need reasoning-gym), 32 sequences
+a step, float32, AdamW, one thread, cross entropy on the response. Bare: forward, backward and AdamW
+of the stock Hugging Face model on padded batches, and nothing else; sorted by length it is the most
+that the model gives without packing. Tokens are the sequences' own (prompt + response, padding not
+counted), over the median seconds of a step; the first 5 steps are left out, or the first half of
+fewer than 10. Each runs in its own process, and its seconds are CPU seconds, so that other
+processes disturb little; the table gives medians over rounds and ratios within the round.
 """
 
 import argparse
@@ -72,8 +73,7 @@ def run_ours(args):
 
 
 def run_bare(args, by_length: bool):
-    """Padded batches of stock Hugging Face; by length it is the most that this model gives without
-    packing."""
+    """Padded batches of stock Hugging Face, as the rows come or of like lengths."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -185,7 +185,7 @@ def run_trl(args, micro_batch: int, packing: bool):
 VARIANTS = {
     "ours": run_ours,
     "bare, padded": lambda a: run_bare(a, False),
-    "bare limit": lambda a: run_bare(a, True),
+    "bare, sorted": lambda a: run_bare(a, True),
     "TRL padded, 8": lambda a: run_trl(a, 8, False),
     "TRL padded, 32": lambda a: run_trl(a, 32, False),
     "TRL packed": lambda a: run_trl(a, 1, True),

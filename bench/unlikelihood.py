@@ -1,12 +1,13 @@
 """What the unlikelihood term does: OXA's training set at several weights of it, in one figure.
 
-    bash run_all.sh laptop && python bench/unlikelihood.py [--weights 1e-2 --ranks 2]
+    bash run_all.sh laptop && source setup.sh && python bench/unlikelihood.py [RUN --weights 1e-2]
 
 A finished run of recipes/laptop.toml has two weights: `oxa_mle` (0: the same promoted examples
-without unlikelihood) and `oxa_full` (the recipe's, 1e-4). The others are trained here on
+without unlikelihood) and `oxa_full` (the default, 1e-4). The others are trained here on
 `oxa_full`'s set with every other setting the same, and evaluated like the arms, in
-RUN/unlikelihood; what is finished there is kept. Then each model scores the suppressed responses
-after their prompts: their probability is what the term is to lower.
+RUN/unlikelihood; what is finished there is kept. Then each model scores the suppressed training
+responses after their prompts. Their probability is what the term is to lower: the geometric mean of
+a response's tokens, then the mean over responses.
 
 Prints a table with the paired differences to weight 0 (intervals as in the report), and draws
 RUN/unlikelihood/unlikelihood.png. One seed. On two cores a quarter of an hour a weight.
@@ -31,7 +32,8 @@ import common
 from tools import report
 
 SEED = 0
-SUPPRESSED = "suppressed, per token"
+SUPPRESSED = "probability of suppressed tokens"
+ARM_OF = {"0": "oxa_mle", "1e-4": "oxa_full"}          # what a run has
 
 
 def call(args, *command):
@@ -60,16 +62,15 @@ def write_suppressed(args) -> Path:
         if row["objective"] == "ul":
             sids.add(row["sid"])
     path = args.run / "unlikelihood" / "suppressed.jsonl"
-    if not path.exists():
-        with open(path, "w") as file:
-            for row in common.read_jsonl(args.run / "data" / "self.verified.jsonl"):
-                if row["sid"] in sids:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with common.replace_file(path) as file:
+        for row in common.read_jsonl(args.run / "data" / "self.verified.jsonl"):
+            if row["sid"] in sids:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
 
 
 def suppressed_probability(args, samples, model, name) -> np.ndarray:
-    """[S]: the geometric mean of the token probabilities of each suppressed response."""
+    """[S]: the geometric mean of the token probabilities of each suppressed response, in order."""
     out = args.run / "unlikelihood" / f"suppressed.{name}.jsonl"
     call(args, "02_verify_score.py", "score", "--only", "wrong", "--ppl-context", "prompt",
          "--model", model, "--samples", samples, "--out", out)
@@ -104,12 +105,19 @@ def main():
     parser.add_argument("run", type=Path, nargs="?", default=ROOT / "runs" / "laptop")
     parser.add_argument("--recipe", default="recipes/laptop.toml")
     parser.add_argument("--weights", nargs="+", default=["1e-2"], help="trained here")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="processes: GPUs, or cores")
     args = parser.parse_args()
+    args.run = args.run.resolve()
+    for weight in args.weights:
+        if float(weight) in map(float, ARM_OF):
+            common.die(f"--weights {weight}: the run has it already")
 
     run = report.load_run(args.run, k=0, beside=[])
+    for arm in ARM_OF.values():
+        if (SEED, arm, "before") not in run.tables:
+            common.die(f"{args.run} has no evaluation of {arm}: run the pipeline first")
     (args.run / "unlikelihood").mkdir(exist_ok=True)
-    arm_of = {"0": "oxa_mle", "1e-4": "oxa_full"}
+    arm_of = dict(ARM_OF)
     models = {w: args.run / f"seed-{SEED}" / arm / "sft" for w, arm in arm_of.items()}
     for weight in args.weights:
         train_and_evaluate(args, weight, run.counted)
