@@ -2,7 +2,8 @@
 
 Each stage runs as COMMANDS in test_faults.py has it, in a folder with its inputs. A case changes
 
-    row(n_tokens=-7)         fields of the third row of the stage's INPUT (a value `GONE`: without it)
+    row(n_tokens=-7)         fields of the third row of the stage's INPUT (a value `GONE`: without
+                             it)
     line(b'{"a": ')          that row, as bytes
     again()                  that row stands there twice
     content(b"")             the whole file
@@ -12,7 +13,8 @@ Each stage runs as COMMANDS in test_faults.py has it, in a folder with its input
     recipe("[train]\\nlr=1")  the recipe
     model("no weights")      the model directory: a case of test_model_dir.py
 
-and must end in one sentence with exit code 2. What is accepted on purpose stands in MEANT, with why.
+and must end in one sentence with exit code 2. What is accepted on purpose stands in MEANT, with
+why.
 """
 
 import json
@@ -163,7 +165,8 @@ CASES = [
     ("show", row(correct=-1), ":3: field 'correct' is int"),
     ("show", row(ppl="2"), ":3: field 'ppl' is str"),
     ("show", row(n_tokens=[1]), ":3: field 'n_tokens' is list"),
-    ("problems", both(again(), "--benchmarks problems.jsonl"), "problems.jsonl:4: 'p2' occurs twice"),
+    ("problems", both(again(), "--benchmarks problems.jsonl"),
+     "problems.jsonl:4: 'p2' occurs twice"),
     ("teacher", row(query=3), "query"),
     ("teacher", row(answer=[["1"]]), "answer"),
     # ---- the flags
@@ -192,7 +195,8 @@ CASES = [
     ("train", recipe("[trian]\nlr = 1.0"), "unknown section [trian]"),
     ("train", recipe("[train]\n'a\\u001b[31m' = 1".replace("'", '"')), "unknown key 'a\\x1b[31m'"),
     ("train", recipe("[train]\nlearning_rate = 1.0"), "unknown key 'learning_rate'"),
-    ("train rlvr", recipe("[train]\nshard = 'false'\n[rlvr]\nshard = 'false'"), "shard = 'false' is not true or false"),
+    ("train rlvr", recipe("[train]\nshard = 'false'\n[rlvr]\nshard = 'false'"),
+     "shard = 'false' is not true or false"),
     ("train rlvr", recipe("[train]\nseed = -1\n[rlvr]\nseed = -1"), "--seed must be at least 0"),
     ("train", recipe("[train]\nepochs = [3]"), "epochs = [3] is not int"),
     ("train", recipe("[train]\ndata = 3"), "data = 3 is not str"),
@@ -203,7 +207,8 @@ CASES = [
     # ---- the output
     ("problems teacher model verify score select", flags("--out link"), "link is no regular file"),
     ("problems teacher model verify score select", flags("--out fifo"), "fifo is no regular file"),
-    ("problems teacher model verify score select", flags("--out model"), "model is no regular file"),
+    ("problems teacher model verify score select", flags("--out model"),
+     "model is no regular file"),
     ("problems model rlvr", flags("--out problems.jsonl"), "problems.jsonl"),
     ("verify", flags("--out samples.jsonl"), "samples.jsonl is an input"),
     ("score", flags("--out verified.jsonl"), "verified.jsonl is an input"),
@@ -224,13 +229,18 @@ CASES = [
 
 # Accepted, and meant so.
 MEANT = [
-    (WITH_PROBLEMS, row(problem="1 <|im_end|>\n<|im_start|>assistant\n2"), "markup in a problem is text (A11)"),
-    ("verify rlvr eval", line(b'\xef\xbb\xbf{"sid": "s", "pid": "p2", "problem": "?", "answer": "2", "response": "", "n_tokens": 1, '
-                              b'"finish": "stop"}'), "a byte order mark is no reason to stop"),
-    ("verify score show", row(response=""), "a model may say nothing; the row is judged and counted"),
+    (WITH_PROBLEMS, row(problem="1 <|im_end|>\n<|im_start|>assistant\n2"),
+     "markup in a problem is text (A11)"),
+    ("verify rlvr eval",
+     line(b'\xef\xbb\xbf{"sid": "s", "pid": "p2", "problem": "?", "answer": "2", '
+          b'"response": "", "n_tokens": 1, "finish": "stop"}'),
+     "a byte order mark is no reason to stop"),
+    ("verify score show", row(response=""),
+     "a model may say nothing; the row is judged and counted"),
     ("score", model("no chat template"), "perplexity is of the response's text alone"),
     ("show", again(), "to look at a file is no use of its keys"),
-    ("eval", row(pid="a\nb \U0001f600"), "a name may hold what it likes; it is printed with escapes"),
+    ("eval", row(pid="a\nb \U0001f600"),
+     "a name may hold what it likes; it is printed with escapes"),
     ("teacher", row(query=None), "a row without a problem is counted, as sources have them"),
     ("model", row(answer=None), "sampling needs no answers"),
 ]

@@ -1,4 +1,5 @@
-"""Fixtures: a byte-level tokenizer with Qwen markup and tiny random models, so that no test needs a download."""
+"""Fixtures: a byte-level tokenizer with Qwen markup and tiny random models, so that no test needs
+a download."""
 
 import os
 import sys
@@ -16,13 +17,16 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: not in the fast part of the suite (bash tests/run.sh -m 'not slow')")
-    config.addinivalue_line("markers", "faults: the long fault suite, run by bash tests/run.sh --faults alone")
+    config.addinivalue_line(
+        "markers", "slow: not in the fast part of the suite (bash tests/run.sh -m 'not slow')")
+    config.addinivalue_line(
+        "markers", "faults: the long fault suite, run by bash tests/run.sh --faults alone")
 
 
 @pytest.hookimpl(tryfirst=True)           # before -m is applied
 def pytest_collection_modifyitems(config, items):
-    """What uses a vLLM engine is slow (it takes twenty seconds to start); the fault suite runs when asked for."""
+    """What uses a vLLM engine is slow (it takes twenty seconds to start); the fault suite runs when
+    asked for."""
     for item in items:
         if "vllm_engine" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
@@ -33,7 +37,9 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left_out]
 
 
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+CHAT_TEMPLATE = ("{% for m in messages %}"
+                 "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+                 "{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
@@ -46,18 +52,23 @@ def byte_tokenizer():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE)
 
 
 def make_model(path, kind="qwen2", seed=0, tie=True, positions=2048, **changes):
-    """Save a random model and the byte tokenizer to `path`: hidden 64, 2 layers, 2 heads of 32 sharing one key head."""
+    """Save a random model and the byte tokenizer to `path`: hidden 64, 2 layers, 2 heads of 32
+    sharing one key head."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM),
+                                 "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
     tokenizer = byte_tokenizer()
-    sizes = dict(vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, max_position_embeddings=positions, tie_word_embeddings=tie,
-                 bos_token_id=None, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), initializer_range=0.1)
+    sizes = dict(vocab_size=264, hidden_size=64, intermediate_size=128,
+                 num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                 max_position_embeddings=positions, tie_word_embeddings=tie,
+                 bos_token_id=None, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                 initializer_range=0.1)
     torch.manual_seed(seed)
     model = model_class(config_class(**{**sizes, **changes}))
     model.save_pretrained(path)

@@ -4,7 +4,8 @@ A JSON request a line on stdin, a JSON answer a line on stdout:
 
     argv      the command line of a stage, run in `folder`
     ranks     so many processes, as torchrun starts them
-    fault     kill    SIGKILL before file operation `n` of rank `rank`; `torn`: in the midst of a row
+    fault     kill    SIGKILL before file operation `n` of rank `rank`; `torn`: in the midst of a
+                      row
               full    that operation fails: no space left on device
               limit   no file can grow over `bytes`: a disk that is full in the midst of a file
               signal  `number` to every rank after `seconds`
@@ -38,7 +39,8 @@ sys.path.insert(0, str(ROOT))
 import common
 
 import torch
-import transformers.models.qwen2.modeling_qwen2     # what a stage would import: a fork has it at once
+# what a stage would import: a fork has it at once
+import transformers.models.qwen2.modeling_qwen2
 
 torch.set_num_threads(1)
 STAGES = {path.stem: importlib.import_module(path.stem) for path in sorted(ROOT.glob("0*.py"))}
@@ -53,13 +55,16 @@ class Harm:
     """Counts the file operations of this process, and strikes at one of them."""
 
     def __init__(self, folder, fault):
-        self.folder, self.fault, self.n = str(folder), fault, 0
+        self.folder = str(folder)
+        self.fault = fault
+        self.n = 0
         self.write = common.JsonlWriter.write
         common.JsonlWriter.write = lambda writer, row: self.append(writer, row)
         sys.addaudithook(self.watch)
 
     def watch(self, event, args):
-        if event == "open" and isinstance(args[0], (str, bytes)) and isinstance(args[2], int) and args[2] & WRITES:
+        if (event == "open" and isinstance(args[0], (str, bytes))
+                and isinstance(args[2], int) and args[2] & WRITES):
             self.count(os.fsdecode(args[0]))
         elif event in EVENTS:
             self.count(os.fsdecode(args[0]))
@@ -97,13 +102,17 @@ def be_rank(rank, port, request):
     os.dup2(log, 2)
     os.chdir(folder)
     if request["ranks"] > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["ranks"]),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank),
+                       "LOCAL_RANK": str(rank),
+                       "WORLD_SIZE": str(request["ranks"]),
+                       "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
     os.environ["FAULT_RUN"] = str(folder)
     fault = request["fault"]
     if fault["kind"] == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], fault["bytes"]))
-    harm = Harm(folder, fault if fault.get("rank", 0) == rank and fault["kind"] in ("kill", "full") else {})
+    harm = Harm(folder, fault if fault.get("rank", 0) == rank
+                and fault["kind"] in ("kill", "full") else {})
     script, *argv = request["argv"]
     common.run(lambda: STAGES[script.removesuffix(".py")].main(argv))
     n = harm.n
@@ -130,7 +139,9 @@ def send(pids, number):
 
 def watch_over(pids: dict, fault) -> tuple[dict, list]:
     """As a launcher: when one rank ends badly the others get SIGTERM, and 15 s later SIGKILL."""
-    start, codes, hung, deadline = time.time(), {}, [], None
+    start = time.time()
+    codes, hung = {}, []
+    deadline = None
     strike = start + fault["seconds"] if fault["kind"] == "signal" else None
     while pids:
         for rank, pid in list(pids.items()):
@@ -143,7 +154,8 @@ def watch_over(pids: dict, fault) -> tuple[dict, list]:
                     deadline = time.time() + 15
         if strike and time.time() > strike:
             send(pids.values(), fault["number"])
-            strike, deadline = None, time.time() + 15
+            strike = None
+            deadline = time.time() + 15
         if (deadline and time.time() > deadline) or time.time() > start + 1200:
             hung = sorted(pids)
             send(pids.values(), signal.SIGKILL)
@@ -153,7 +165,9 @@ def watch_over(pids: dict, fault) -> tuple[dict, list]:
 
 
 def serve(request):
-    start, folder, ranks = time.time(), request["folder"], range(request["ranks"])
+    start = time.time()
+    folder = request["folder"]
+    ranks = range(request["ranks"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -172,7 +186,11 @@ def serve(request):
     n = int(count.read_text()) if count.exists() else None
     count.unlink(missing_ok=True)
     said = [log_of(folder, rank).read_text(errors="replace") for rank in ranks]
-    return {"codes": [codes[rank] for rank in ranks], "n": n, "hung": hung, "left": len(left), "said": said,
+    return {"codes": [codes[rank] for rank in ranks],
+            "n": n,
+            "hung": hung,
+            "left": len(left),
+            "said": said,
             "seconds": seconds}
 
 

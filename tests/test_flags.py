@@ -1,6 +1,7 @@
 """The flags of every command against tests/flags.txt, the recipes' keys and plan.py's defaults.
 
-A new flag is a decision: it goes into tests/flags.txt by hand, or by `python tests/test_flags.py`, which renews the list.
+A new flag is a decision: it goes into tests/flags.txt by hand, or by `python tests/test_flags.py`,
+which renews the list.
 """
 
 import importlib
@@ -18,7 +19,8 @@ import common
 from tools import plan, recipe as recipes
 
 LIST = ROOT / "tests/flags.txt"
-SCRIPTS = ["01_sample", "02_verify_score", "03_train_oxa", "04_rlvr", "05_eval", "tools.prepare_base", "tools.report"]
+SCRIPTS = ["01_sample", "02_verify_score", "03_train_oxa", "04_rlvr", "05_eval",
+           "tools.prepare_base", "tools.report"]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.toml"))
 
 
@@ -27,7 +29,8 @@ class Seen(Exception):
 
 
 def all_commands():
-    """Command, e.g. "02_verify_score select" -> (section of a recipe, its parser), by asking each script for its parser."""
+    """Command, e.g. "02_verify_score select" -> (section of a recipe, its parser), by asking each
+    script for its parser."""
     found = {}
 
     def look(parser, section=None, argv=None):
@@ -58,7 +61,8 @@ def flags_of(parser):
 
 
 def listing(commands):
-    return "".join(f"{command}: {' '.join(flags_of(parser))}\n" for command, (_, parser) in commands.items())
+    return "".join(f"{command}: {' '.join(flags_of(parser))}\n"
+                   for command, (_, parser) in commands.items())
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,8 @@ def commands():
 def test_every_flag_is_in_the_list(commands):
     expected = dict(line.split(": ", 1) for line in LIST.read_text().splitlines())
     for command, (_, parser) in commands.items():
-        assert " ".join(flags_of(parser)) == expected.pop(command), f"{command}: if meant, python tests/test_flags.py"
+        assert " ".join(flags_of(parser)) == expected.pop(command), (
+            f"{command}: if meant, python tests/test_flags.py")
     assert not expected
 
 
@@ -84,7 +89,8 @@ def test_defaults_of_the_plan_are_those_of_the_scripts(commands):
 def test_recipe_keys_are_flags_of_their_script(name, commands, monkeypatch):
     """Every section of every recipe through the real command line of its script."""
     monkeypatch.chdir(ROOT)
-    by_section = {section: (command.split(), parser) for command, (section, parser) in commands.items()}
+    by_section = {section: (command.split(), parser)
+                  for command, (section, parser) in commands.items()}
     for section, values in recipes.load_recipe(ROOT / "recipes" / name).items():
         if section in ("run", "plan"):
             continue
@@ -92,7 +98,8 @@ def test_recipe_keys_are_flags_of_their_script(name, commands, monkeypatch):
         argv = [*command, "--recipe", f"recipes/{name}"]
         for action in parser.flags.values():
             if action.required and action.dest not in values:
-                argv += [*action.option_strings[-1:], str(action.choices[0] if action.choices else "x")]
+                argv += [*action.option_strings[-1:],
+                         str(action.choices[0] if action.choices else "x")]
         args = importlib.import_module(script).parse_args(argv)
         assert {key: getattr(args, key) for key in values} == values
 

@@ -1,4 +1,5 @@
-"""What only a card reaches, run on fake tensors at the paper's sizes: shapes, types, places, memory.
+"""What only a card reaches, run on fake tensors at the paper's sizes: shapes, types, places,
+memory.
 
 The stages' own functions run over a pretended card (tools/trace.py says what is pretended and what
 cannot be seen that way). A kernel of the wrong type, a tensor of the host that meets the card's, a
@@ -29,7 +30,8 @@ rlvr = importlib.import_module("04_rlvr")
 evaluate = importlib.import_module("05_eval")
 
 BF16 = {torch.bfloat16}
-SMALL, LARGE = "Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B"
+SMALL = "Qwen2.5-Math-1.5B"
+LARGE = "Qwen2.5-Math-7B"
 
 
 @contextlib.contextmanager
@@ -58,15 +60,18 @@ def trained(directory, dist, shard=False):
 
 
 def test_score(tmp_path):
-    """A pack of 65,536 tokens and a second one; the host waits after the last kernel, not before."""
+    """A pack of 65,536 tokens and a second one; the host waits after the last kernel, not
+    before."""
     with pretended(SMALL, tmp_path) as (card, directory):
         model = load_model(directory, device="cuda")
         linear = model.model.layers[0].mlp.up_proj.weight
-        assert linear.dtype == torch.bfloat16 and model.model.norm.weight.dtype == torch.float32
+        assert linear.dtype == torch.bfloat16
+        assert model.model.norm.weight.dtype == torch.float32
         card.tape.lengths = [32768, 32768]
         sequences = sequences_of([32768, 32768, 9000, 1], start=1)
         nll, n_scored = score.response_nll(model, sequences, 65536, "cuda")
-        assert nll.shape == (4,) and n_scored.tolist() == [32767, 32767, 8999, 0]
+        assert nll.shape == (4,)
+        assert n_scored.tolist() == [32767, 32767, 8999, 0]
         assert card.tape.product_types == BF16
         assert card.tape.peak < 20e9
         first = min(n_kernels for _, n_kernels in card.syncs)
@@ -114,9 +119,11 @@ def one_step_of_03(card, directory, folder, monkeypatch, dist, shard=False, leng
     card.tape.peak = card.tape.live
     sums = train.accumulate_gradient(policy, data, packs, weights, args, dist)
     peak = card.tape.peak
-    assert not card.trapped and set(sums) == {"ce_loss", "ul_loss", "entropy_ce", "entropy_ul", "n_ce", "n_ul"}
+    assert not card.trapped
+    assert set(sums) == {"ce_loss", "ul_loss", "entropy_ce", "entropy_ul", "n_ce", "n_ul"}
     before = len(card.syncs)
-    assert clip_gradient(model, 1.0) == 1.0 and len(card.syncs) == before + 1
+    assert clip_gradient(model, 1.0) == 1.0
+    assert len(card.syncs) == before + 1
     optimizer.step()
     return model, optimizer, peak
 
@@ -170,7 +177,8 @@ class FakeVLLM:
     """Writes down what vLLM is asked for, and what it would load."""
 
     def __init__(self):
-        self.calls, self.loaded = [], {}
+        self.calls = []
+        self.loaded = {}
 
     def wake_up(self, tags):
         self.calls.append(("wake_up", *tags))
@@ -190,7 +198,9 @@ class FakeVLLM:
 def vllm_engine():
     """A VLLMEngine that sleeps, with vLLM's calls written down."""
     engine = object.__new__(engines.VLLMEngine)
-    engine.llm, engine.asleep, engine.may_sleep = FakeVLLM(), True, True
+    engine.llm = FakeVLLM()
+    engine.asleep = True
+    engine.may_sleep = True
     return engine
 
 
@@ -249,7 +259,8 @@ def one_step_of_04(name, folder, monkeypatch, argv, shard):
         card.tape.peak = card.tape.live
         stats, logps = rlvr.accumulate_gradient(policy, rollouts, advantages, weights, ref_logps,
                                                 None, args, dist)
-        assert stats["entropy"] > 0 and all(logp.dtype == torch.float32 for logp in logps)
+        assert stats["entropy"] > 0
+        assert all(logp.dtype == torch.float32 for logp in logps)
         peak = card.tape.peak
         clip_gradient(model, 1.0)
         optimizer.step()
@@ -291,7 +302,9 @@ def test_entropy_of_05(tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, "token_logprobs", without_waits)
         model = load_model(directory, device="cuda")
         sums = evaluate.entropy_sums(model, sequences_of([32000, 700, 9000]), 32768, "cuda")
-        assert sums.shape == (3,) and card.tape.product_types == BF16 and card.syncs
+        assert sums.shape == (3,)
+        assert card.tape.product_types == BF16
+        assert card.syncs
 
 
 # ------------------------------------------------------------ what is wrong is stopped: two layers
@@ -365,7 +378,8 @@ def test_a_tensor_that_stayed_on_the_host_is_stopped(tmp_path, monkeypatch):
 
 
 def test_cache_is_what_is_traced():
-    """The smallest case anew: exact in what the code decides; kernels may differ between versions."""
+    """The smallest case anew: exact in what the code decides; kernels may differ between
+    versions."""
     stored = next(row for row in roofline.traces()
                   if (row["model"], row["way"], row["tokens"]) == ("Qwen2.5-0.5B", "one", 8192))
     found = trace.as_row(trace.Case("Qwen2.5-0.5B", "one", 8192), trace.trace(
@@ -414,4 +428,5 @@ def test_attention_of_short_sequences_is_cheaper():
     pack = roofline.traced_pack(KNOWN[SMALL], "ddp", True, 32768, 8)
     p = roofline.at_end(roofline.ASSUMED, roofline.OPTIMIST)
     long, short = (roofline.pack_seconds(pack, 32768, n, p) for n in (32768, 4096))
-    assert short["attention"] < long["attention"] / 4 and short["products"] == long["products"]
+    assert short["attention"] < long["attention"] / 4
+    assert short["products"] == long["products"]

@@ -1,4 +1,5 @@
-"""150 hostile texts as ids, names, captions, answers: none drives a terminal, ends a table's cell or is Markdown or HTML."""
+"""150 hostile texts as ids, names, captions, answers: none drives a terminal, ends a table's cell
+or is Markdown or HTML."""
 
 import importlib
 import itertools
@@ -10,11 +11,15 @@ import pytest
 import common
 from tools import recipe, report
 
-PARTS = ["\x1b[31mred", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08" * 5, "\n# heading", "\n| a | b |\n| --- | --- |", "|", "\\|", "\u202eevil\u202c", "\u2066x",
-         "\u2028", "\u200b", "<b>bold</b>", "<img src=x onerror=alert(1)>", "<!-- ", "-->", "&lt;i&gt;", "[a](http://b)", "![a](b.png)", "](x)", "**b**", "__b__",
-         "_i_", "~~s~~", "`code`", "``", "```\n", "~~~\n", "# h", "- item", "1. item", "> quote", "---", "\t", "$(touch x)", "{{ x }}", "x" * 20_000, "\ud800",
+PARTS = ["\x1b[31mred", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08" * 5, "\n# heading",
+         "\n| a | b |\n| --- | --- |", "|", "\\|", "\u202eevil\u202c", "\u2066x",
+         "\u2028", "\u200b", "<b>bold</b>", "<img src=x onerror=alert(1)>", "<!-- ", "-->",
+         "&lt;i&gt;", "[a](http://b)", "![a](b.png)", "](x)", "**b**", "__b__",
+         "_i_", "~~s~~", "`code`", "``", "```\n", "~~~\n", "# h", "- item", "1. item", "> quote",
+         "---", "\t", "$(touch x)", "{{ x }}", "x" * 20_000, "\ud800",
          "\x00", "é√", "[x]: http://y", "<http://y>", "\\"]
-TEXTS = (PARTS + [f"{a}{b}" for a, b in itertools.islice(itertools.combinations(PARTS, 2), 0, None, 8)])[:150]
+TEXTS = (PARTS + [f"{a}{b}" for a, b in
+                  itertools.islice(itertools.combinations(PARTS, 2), 0, None, 8)])[:150]
 
 
 def is_harmless(text):
@@ -54,22 +59,45 @@ def test_errors_rows_and_tables_show_it(tmp_path, capsys, monkeypatch):
     rows = []
     for i, text in enumerate(TEXTS):
         sound = text.encode("utf-8", "replace").decode() + str(i)
-        rows.append({"sid": sound, "pid": sound, "problem": sound, "response": sound, "correct": True, "status": text.replace("\ud800", ""),
-                     "predicted": sound, "ppl": 2.0, "n_tokens": 3, "finish": "stop", "objective": "ce"})
+        rows.append({"sid": sound,
+                     "pid": sound,
+                     "problem": sound,
+                     "response": sound,
+                     "correct": True,
+                     "status": text.replace("\ud800", ""),
+                     "predicted": sound,
+                     "ppl": 2.0,
+                     "n_tokens": 3,
+                     "finish": "stop",
+                     "objective": "ce"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    importlib.import_module("02_verify_score").main(["show", "--samples", "rows.jsonl", "--show", "150"])
+    importlib.import_module("02_verify_score").main(
+        ["show", "--samples", "rows.jsonl", "--show", "150"])
     assert is_harmless(capsys.readouterr().out)
 
 
 def test_the_evaluation_table_keeps_its_columns(capsys):
     evaluate = importlib.import_module("05_eval")
     share = {"value": 0.5, "low": 0.4, "high": 0.6}
-    result = {"n_problems": 3, "n_samples": 2, "pass_at_1": share, "pass_at_n": share, "entropy": share, "unknown_rate": 0.0, "truncation_rate": 0.0,
-              "no_answer_rate": 0.0, "duplicate_rate": 0.0, "mean_tokens": 3.0}
+    result = {"n_problems": 3,
+              "n_samples": 2,
+              "pass_at_1": share,
+              "pass_at_n": share,
+              "entropy": share,
+              "unknown_rate": 0.0,
+              "truncation_rate": 0.0,
+              "no_answer_rate": 0.0,
+              "duplicate_rate": 0.0,
+              "mean_tokens": 3.0}
     names = [text for text in TEXTS if len(text) < 200]
     for name in names:
-        evaluate.print_table({"model": name, "temperature": name, "top_p": 1, "max_tokens": 1, "grader": "g", "benchmarks": {name: result}})
+        evaluate.print_table({"model": name,
+                              "temperature": name,
+                              "top_p": 1,
+                              "max_tokens": 1,
+                              "grader": "g",
+                              "benchmarks": {name: result}})
         out = capsys.readouterr().out
         assert is_harmless(out)
 
@@ -78,7 +106,11 @@ def test_no_recipe_brings_it_to_the_shell(capsys):
     good = recipe.load_recipe("recipes/toy.toml")
     n_told = 0
     for text in TEXTS:
-        for key, value in (("arms", [text]), ("benchmarks", [text]), ("world_base", text), ("rlvr_source", text), ("world_args", [text])):
+        for key, value in (("arms", [text]),
+                           ("benchmarks", [text]),
+                           ("world_base", text),
+                           ("rlvr_source", text),
+                           ("world_args", [text])):
             try:
                 lines = list(recipe.settings({**good, "run": {**good["run"], key: value}}))
             except SystemExit:

@@ -1,5 +1,5 @@
-"""The instruction is data: one text for all stages of a run, in every sidecar, and a model is held to the one it was trained
-with."""
+"""The instruction is data: one text for all stages of a run, in every sidecar, and a model is held
+to the one it was trained with."""
 
 import importlib
 import json
@@ -33,10 +33,19 @@ def write(path, rows):
 
 @pytest.fixture
 def data(tmp_path):
-    """Problems, verified samples and a training set of four rows, and a recipe with an instruction."""
-    problems = [{"pid": f"p{i}", "problem": f"{i}+1?", "answer": "1", "source": "s"} for i in range(4)]
-    rows = [{**row, "sid": f"{row['pid']}:t:0", "response": "<think>x</think>\\boxed{1}", "n_tokens": 26, "ppl": 2.0,
-             "finish": "stop", "correct": True, "status": "ok", "objective": "ce"} for row in problems]
+    """Problems, verified samples and a training set of four rows, and a recipe with an
+    instruction."""
+    problems = [{"pid": f"p{i}", "problem": f"{i}+1?", "answer": "1", "source": "s"}
+                for i in range(4)]
+    rows = [{**row,
+             "sid": f"{row['pid']}:t:0",
+             "response": "<think>x</think>\\boxed{1}",
+             "n_tokens": 26,
+             "ppl": 2.0,
+             "finish": "stop",
+             "correct": True,
+             "status": "ok",
+             "objective": "ce"} for row in problems]
     write(tmp_path / "problems.jsonl", problems)
     write(tmp_path / "rows.jsonl", rows)
     (tmp_path / "r.toml").write_text(f"[run]\ninstruction = {json.dumps(OTHER)}\n")
@@ -52,15 +61,20 @@ def test_the_prompt_is_problem_and_instruction(tiny_model_dir):
     for given, text in (((), INSTRUCTION), ((OTHER,), OTHER)):
         prompt = tokenizer.decode(render_prompt(tokenizer, "1+1?", *given))
         assert prompt == f"<|im_start|>user\n1+1?{text}<|im_end|>\n<|im_start|>assistant\n"
-    check_instruction(tiny_model_dir, "whatever")                              # a base was trained with none
+    # a base was trained with none
+    check_instruction(tiny_model_dir, "whatever")
 
 
 def test_a_trained_model_is_held_to_its_instruction(data, tiny_model_dir, capsys):
-    """Trained by 03 with the recipe's; 01, 02, 03, 04 and 05 refuse ours with that model, and take the recipe's."""
-    recipe, trained = ["--recipe", data / "r.toml"], data / "sft"
-    sft = ["--data", data / "rows.jsonl", "--ce-per-step", 4, "--epochs", 1, "--max-tokens", 500, "--token-budget", 2048]
+    """Trained by 03 with the recipe's; 01, 02, 03, 04 and 05 refuse ours with that model, and take
+    the recipe's."""
+    recipe = ["--recipe", data / "r.toml"]
+    trained = data / "sft"
+    sft = ["--data", data / "rows.jsonl", "--ce-per-step", 4, "--epochs", 1,
+           "--max-tokens", 500, "--token-budget", 2048]
     run(capsys, "03_train_oxa", *recipe, "--model", tiny_model_dir, "--out", trained, *sft)
-    assert json.loads((trained / "final" / "instruction.json").read_text()) == {"instruction": OTHER}
+    assert json.loads(
+        (trained / "final" / "instruction.json").read_text()) == {"instruction": OTHER}
     assert sidecar(trained / "metrics.jsonl") == OTHER
     said = run(capsys, "03_train_oxa", "--model", tiny_model_dir, "--out", trained, *sft, ok=False)
     assert "other settings (instruction)" in said
@@ -69,10 +83,11 @@ def test_a_trained_model_is_held_to_its_instruction(data, tiny_model_dir, capsys
     hf = ["--engine", "hf", "--model", trained]
     commands = {
         "01_sample": ["model", *problems, *hf, "--n", 1, "--max-tokens", 4],
-        "02_verify_score": ["score", "--samples", data / "rows.jsonl", "--model", trained, "--ppl-context", "prompt"],
+        "02_verify_score": ["score", "--samples", data / "rows.jsonl", "--model", trained,
+                            "--ppl-context", "prompt"],
         "03_train_oxa": ["--model", trained, *sft],
-        "04_rlvr": [*problems, *hf, "--prompts-per-step", 4, "--rollouts", 2, "--max-steps", 1, "--max-response-tokens", 4,
-                    "--token-budget", 1024],
+        "04_rlvr": [*problems, *hf, "--prompts-per-step", 4, "--rollouts", 2, "--max-steps", 1,
+                    "--max-response-tokens", 4, "--token-budget", 1024],
         "05_eval": [*problems, *hf, "--n", 1, "--max-tokens", 4, "--entropy-samples", 0],
     }
     for stage, args in commands.items():
