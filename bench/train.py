@@ -247,7 +247,8 @@ def main():
                     env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
                 )
                 if out.returncode:
-                    print(f"{name} failed: {out.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                    status = f"{name} failed, exit status {out.returncode}"
+                    print(f"{status}: {out.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                     continue
                 rounds[-1][name] = json.loads(out.stdout.strip().splitlines()[-1])
                 print(
